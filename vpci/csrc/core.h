@@ -1,0 +1,161 @@
+/* What the C files share and cffi does not read: structs behind the opaque names of api/, and the includes. */
+#ifndef VPCI_CORE_H
+#define VPCI_CORE_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "api/wire.h"
+#include "api/mem.h"
+#include "api/ring.h"
+#include "api/irq.h"
+#include "api/engine.h"
+#include "api/dev.h"
+#include "api/blk.h"
+
+#define PAGE_SIZE_BYTES 4096u
+#define PAGE_SHIFT 12
+#define ARRAY_LEN(a) (sizeof(a) / sizeof((a)[0]))
+
+#define CHECK_LAYOUT(type, size) _Static_assert(sizeof(type) == (size), #type " is not as the wire has it")
+CHECK_LAYOUT(struct vfu_header, 16);
+CHECK_LAYOUT(struct vfu_region_access, 16);
+CHECK_LAYOUT(struct vfu_dma_map, 32);
+CHECK_LAYOUT(struct vfu_dma_unmap, 24);
+CHECK_LAYOUT(struct vfu_irq_set, 20);
+CHECK_LAYOUT(struct vfu_irq_info, 16);
+CHECK_LAYOUT(struct vfu_region_info, 32);
+CHECK_LAYOUT(struct vfu_ioeventfd, 48);
+CHECK_LAYOUT(struct vfu_dma_access, 16);
+
+/* ---- mem.c ---- */
+
+/* One mapped range. Ranges are made and freed by the thread that owns the table. */
+struct vpci_range {
+    uint64_t gpa;
+    uint64_t size;
+    uint8_t *hva;      /* NULL: cannot be mapped */
+    uint32_t perm;
+    uint32_t users;    /* pieces of chains in flight that point into it; counted by the queue's owner only */
+};
+
+/* The piece of a guest span that is contiguous here: its range, pointer and length. */
+struct vpci_piece {
+    struct vpci_range *range;
+    uint8_t *hva;
+    uint64_t len;
+};
+
+bool vpci_mem_piece(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm, struct vpci_piece *piece);
+struct vpci_range *vpci_mem_exact(vpci_mem *mem, uint64_t gpa, uint64_t size);
+struct vpci_range *vpci_mem_nth(vpci_mem *mem, size_t n);
+void vpci_mem_clear(vpci_mem *mem);
+
+/* ---- ring.c ---- */
+
+struct vpci_queue {
+    vpci_mem *mem;
+    uint32_t size;
+    uint32_t max_sg;
+    uint32_t rules;
+    uint32_t pfn;
+
+    uint8_t **pages;          /* one host pointer a ring page, NULL where it is not mapped with the right */
+    uint32_t n_pages;
+    uint32_t used_off;        /* byte offset of the used part from the base */
+    bool started;
+    bool suspended;           /* started, but the ring is not whole in memory */
+    bool no_notify;           /* we have set VRING_USED_F_NO_NOTIFY */
+    uint16_t last_avail;
+    uint16_t avail_seen;      /* avail.idx as last loaded */
+    uint16_t used_idx;        /* entries pushed */
+    uint16_t published;       /* entries the driver can see */
+    uint32_t in_flight;       /* chains popped and neither pushed nor dropped */
+    uint16_t broken;          /* enum vpci_ring_error */
+    uint16_t broken_head;
+    uint64_t broken_addr;
+    uint64_t chains, used, suppressed, request_errors, zero_len, ring_errors;
+
+    struct chain *free_chains;
+
+    /* the pump's own; ring.c does not look at them */
+    vpci_dev *dev;
+    const vpci_engine *engine;
+    void *engine_state;
+    uint16_t index;
+    uint16_t vector;
+    bool runnable;            /* look at the ring before sleeping */
+    bool draining;            /* finished work is dropped, nothing is fetched */
+    bool dirty;               /* pushed since the last publication */
+    uint64_t kicks, ignored_kicks, interrupts;
+};
+
+void vpci_ring_break(vpci_queue *q, uint16_t reason, uint16_t head, uint64_t addr);
+bool vpci_queue_touches(const vpci_queue *q, const struct vpci_range *range);
+
+/* ---- irq.c ---- */
+
+struct vpci_vector {
+    int fd;          /* -1: the client has set none */
+    bool masked;     /* by SET_IRQS */
+    bool entry_masked; /* by the MSI-X table's own bit */
+    bool pending;
+};
+
+struct vpci_irq {
+    pthread_mutex_t lock;    /* an eventfd is used only under it, so a replaced one is never used after the answer */
+    uint32_t isr;            /* atomic: workers set bits, the pump exchanges it for 0 */
+    bool msix;
+    bool function_mask;
+    bool intx_disabled;      /* PCI command bit 10 */
+    bool intx_masked;        /* by us after each edge, until the client unmasks; or by SET_IRQS */
+    int intx_fd;
+    uint16_t config_vector;
+    uint32_t counts[VFU_IRQ_INDICES];
+    uint32_t n_vectors;
+    struct vpci_vector *vectors;
+};
+
+int vpci_irq_init(struct vpci_irq *irq, const uint32_t counts[VFU_IRQ_INDICES]);
+void vpci_irq_fini(struct vpci_irq *irq);
+/* Returns whether anybody could hear it: false with NO_VECTOR. */
+bool vpci_irq_raise(struct vpci_irq *irq, uint16_t vector, uint32_t isr_bit);
+void vpci_irq_read_level(struct vpci_irq *irq, uint32_t *isr, uint32_t *level);
+uint32_t vpci_irq_pending(struct vpci_irq *irq, uint8_t *buf, uint32_t len);
+uint32_t vpci_irq_read_isr(struct vpci_irq *irq);
+void vpci_irq_clear(struct vpci_irq *irq);
+void vpci_irq_set_msix(struct vpci_irq *irq, bool enabled, bool function_mask);
+void vpci_irq_set_intx_disable(struct vpci_irq *irq, bool disabled);
+void vpci_irq_entry_mask(struct vpci_irq *irq, uint32_t vector, bool masked);
+void vpci_irq_forget_client(struct vpci_irq *irq);
+/* One SET_IRQS message. Takes the fds it keeps by setting them to -1. Returns 0 or an errno. */
+int vpci_irq_set(struct vpci_irq *irq, const struct vfu_irq_set *set, const uint8_t *data, size_t data_len,
+                 int *fds, uint32_t n_fds);
+
+/* ---- pool.c ---- */
+
+struct vpci_job {
+    struct vpci_job *next;
+    void (*run)(struct vpci_job *job);
+};
+
+struct vpci_pool;
+struct vpci_pool *vpci_pool_new(uint32_t n_threads, const char *name);
+void vpci_pool_free(struct vpci_pool *pool);
+void vpci_pool_submit(struct vpci_pool *pool, struct vpci_job *job);
+/* Take every job that has not begun and for which wanted() says so off the queue; a list by next. */
+struct vpci_job *vpci_pool_withdraw(struct vpci_pool *pool, bool (*wanted)(struct vpci_job *, void *), void *arg);
+int vpci_thread_start(pthread_t *thread, void *(*run)(void *), void *arg, const char *name);
+
+#endif

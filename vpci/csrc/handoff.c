@@ -1,0 +1,135 @@
+/* The engine of models written in Python: the pump leaves chains here, a Python thread takes them in batches and
+ * finishes them with vpci_chains_done. A model that sleeps holds its own chains up and nothing else. */
+#include "core.h"
+
+#include <time.h>
+
+struct vpci_handoff {
+    pthread_mutex_t lock;
+    pthread_cond_t arrived;
+    vpci_chain *first, **last;
+    bool closed;
+};
+
+vpci_handoff *vpci_handoff_new(void)
+{
+    vpci_handoff *h = calloc(1, sizeof(*h));
+    if (!h)
+        return NULL;
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_mutex_init(&h->lock, NULL);
+    pthread_cond_init(&h->arrived, &attr);
+    pthread_condattr_destroy(&attr);
+    h->last = &h->first;
+    return h;
+}
+
+void vpci_handoff_free(vpci_handoff *h)
+{
+    if (!h)
+        return;
+    pthread_cond_destroy(&h->arrived);
+    pthread_mutex_destroy(&h->lock);
+    free(h);
+}
+
+static void serve(void *state, const vpci_host *host, vpci_chain *chain)
+{
+    vpci_handoff *h = state;
+    if (chain->error) {
+        host->done(chain, 0);
+        return;
+    }
+    pthread_mutex_lock(&h->lock);
+    chain->next = NULL;
+    *h->last = chain;
+    h->last = &chain->next;
+    pthread_cond_signal(&h->arrived);
+    pthread_mutex_unlock(&h->lock);
+}
+
+/* What Python has not taken yet can be given up. */
+static void cancel(void *state, uint32_t queue_index)
+{
+    vpci_handoff *h = state;
+    vpci_chain *given_up = NULL;
+    pthread_mutex_lock(&h->lock);
+    vpci_chain **at = &h->first;
+    while (*at) {
+        vpci_chain *chain = *at;
+        if (chain->queue_index != queue_index) {
+            at = &chain->next;
+            continue;
+        }
+        *at = chain->next;
+        chain->next = given_up;
+        given_up = chain;
+    }
+    h->last = at;
+    pthread_mutex_unlock(&h->lock);
+    for (vpci_chain *next; given_up; given_up = next) {
+        next = given_up->next;
+        vpci_chain_done(given_up, 0);
+    }
+}
+
+static const vpci_engine engine = {.abi = VPCI_ENGINE_ABI, .serve = serve, .cancel = cancel};
+
+const vpci_engine *vpci_handoff_engine(void)
+{
+    return &engine;
+}
+
+static struct timespec deadline_in(int timeout_ms)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    t.tv_sec += timeout_ms / 1000;
+    t.tv_nsec += (timeout_ms % 1000) * 1000000L;
+    if (t.tv_nsec >= 1000000000L) {
+        t.tv_sec++;
+        t.tv_nsec -= 1000000000L;
+    }
+    return t;
+}
+
+static void await_chains(vpci_handoff *h, int timeout_ms)
+{
+    struct timespec deadline = deadline_in(timeout_ms > 0 ? timeout_ms : 0);
+    int rc = 0;
+    while (!h->first && !h->closed && rc != ETIMEDOUT && timeout_ms)
+        rc = timeout_ms < 0 ? pthread_cond_wait(&h->arrived, &h->lock)
+                            : pthread_cond_timedwait(&h->arrived, &h->lock, &deadline);
+}
+
+int vpci_handoff_take(vpci_handoff *h, vpci_chain **chains, uint32_t max, int timeout_ms)
+{
+    uint32_t n = 0;
+    pthread_mutex_lock(&h->lock);
+    await_chains(h, timeout_ms);
+    for (; n < max && h->first; n++) {
+        chains[n] = h->first;
+        h->first = chains[n]->next;
+    }
+    if (!h->first)
+        h->last = &h->first;
+    bool over = !n && h->closed;
+    pthread_mutex_unlock(&h->lock);
+    return over ? -1 : (int)n;
+}
+
+void vpci_handoff_close(vpci_handoff *h)
+{
+    pthread_mutex_lock(&h->lock);
+    h->closed = true;
+    pthread_cond_broadcast(&h->arrived);
+    pthread_mutex_unlock(&h->lock);
+}
+
+void vpci_chains_done(vpci_chain **chains, const uint32_t *lens, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        vpci_chain_done(chains[i], lens[i]);
+}

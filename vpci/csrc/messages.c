@@ -1,0 +1,235 @@
+/* One message at a time: the pump hands it a whole message in arrival order; it answers at once, hands the message to
+ * Python, or begins an operation that the pump finishes. Source: [vfio-user], [linux vfio.h]. */
+#include "pump.h"
+
+/* ---- replies ---- */
+
+void reply(struct vpci_dev *dev, uint32_t error, const void *a, size_t a_len, const void *b, size_t b_len)
+{
+    if (!conn_reply(&dev->conn, &dev->request, error, a, a_len, b, b_len)) {
+        pump_note(dev, (vpci_event){.note = VPCI_NOTE_PROTOCOL, .a = VPCI_WHY_MEMORY});
+        dev->conn.gone = true;
+    }
+}
+
+static void succeed(struct vpci_dev *dev, const void *payload, size_t len)
+{
+    reply(dev, 0, payload, len, NULL, 0);
+}
+
+static void refuse(struct vpci_dev *dev, uint32_t error, enum vpci_refusal why, uint64_t detail)
+{
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_MESSAGE, .command = dev->request.command, .a = error, .b = why,
+                                .c = detail});
+    reply(dev, error, NULL, 0, NULL, 0);
+}
+
+/* ---- messages that Python answers ---- */
+
+static void to_python(struct vpci_dev *dev, struct message *m)
+{
+    free(dev->python_data);
+    dev->python_data = malloc(m->len ? m->len : 1);
+    if (!dev->python_data) {
+        refuse(dev, ENOMEM, VPCI_WHY_MEMORY, m->len);
+        return;
+    }
+    memcpy(dev->python_data, m->data, m->len);
+    dev->stats.cold++;
+    pump_begin(dev, OP_PYTHON);
+    mailbox_message(&dev->box, &(vpci_event){
+        .kind = VPCI_EVENT_MESSAGE, .command = m->h.command, .flags = m->h.flags, .data = dev->python_data,
+        .len = m->len, .pid = dev->conn.pid});
+}
+
+/* ---- registers ---- */
+
+static bool in_region(const struct vpci_dev *dev, const struct vfu_region_access *a)
+{
+    uint64_t size = a->region < VFU_REGION_INDICES ? dev->region_sizes[a->region] : 0;
+    return size && a->offset <= size && a->count <= size - a->offset && a->count <= VFU_MAX_DATA;
+}
+
+/* The access of a read or a write message, if it lies within its region. */
+static bool get_access(struct vpci_dev *dev, const struct message *m, struct vfu_region_access *a)
+{
+    memcpy(a, m->data, sizeof(*a));
+    if (in_region(dev, a))
+        return true;
+    refuse(dev, EINVAL, VPCI_WHY_REGION, (uint64_t)a->region << 56 | (a->offset & ((1ull << 56) - 1)));
+    return false;
+}
+
+static void region_read(struct vpci_dev *dev, struct message *m)
+{
+    struct vfu_region_access a;
+    uint8_t data[VFU_MAX_BAR0];
+    if (!get_access(dev, m, &a))
+        return;
+    if (a.region != VFU_REGION_BAR0) {
+        to_python(dev, m);
+        return;
+    }
+    uint32_t off = (uint32_t)a.offset;
+    uint32_t isr = hot_covers_isr(&dev->hot, off, a.count) ? vpci_irq_read_isr(&dev->irq) : 0;
+    hot_read(&dev->hot, off, a.count, isr, data);
+    dev->stats.hot++;
+    reply(dev, 0, &a, sizeof(a), data, a.count);
+}
+
+static void kick(struct vpci_dev *dev, const struct message *m, const struct vfu_region_access *a)
+{
+    uint64_t value = 0;
+    memcpy(&value, m->data + sizeof(*a), a->count);
+    hot_set_notify(&dev->hot, (uint16_t)value);
+    pump_kick(dev, (uint32_t)value);
+}
+
+static void region_write(struct vpci_dev *dev, struct message *m)
+{
+    struct vfu_region_access a;
+    if (!get_access(dev, m, &a))
+        return;
+    if (m->len - sizeof(a) != a.count) {
+        refuse(dev, EINVAL, VPCI_WHY_SHORT, sizeof(a) + (uint64_t)a.count);
+        return;
+    }
+    bool bar0 = a.region == VFU_REGION_BAR0, is_kick = bar0 && hot_is_kick(&dev->hot, (uint32_t)a.offset, a.count);
+    if (!is_kick && !(bar0 && hot_is_drop(&dev->hot, (uint32_t)a.offset, a.count))) {
+        to_python(dev, m);
+        return;
+    }
+    if (is_kick)
+        kick(dev, m, &a);
+    dev->stats.hot++;
+    succeed(dev, &a, sizeof(a));
+}
+
+/* ---- memory ---- */
+
+static void dma_map(struct vpci_dev *dev, struct message *m)
+{
+    struct vfu_dma_map map;
+    memcpy(&map, m->data, sizeof(map));
+    int fd = m->n_fds ? m->fds[0] : -1;
+    int rc = m->n_fds > 1 || map.argsz < sizeof(map) ? -EINVAL
+             : vpci_mem_map(dev->mem, map.addr, map.size, fd, map.offset,
+                            map.flags & (VFU_DMA_READABLE | VFU_DMA_WRITABLE));
+    if (rc < 0) {
+        refuse(dev, (uint32_t)-rc, VPCI_WHY_MAP, map.addr);
+        return;
+    }
+    pump_remap(dev);
+    succeed(dev, NULL, 0);
+}
+
+static int check_unmap(struct vpci_dev *dev, const struct vfu_dma_unmap *u)
+{
+    if (u->argsz < sizeof(*u) || u->flags & ~(uint32_t)(VFU_DMA_UNMAP_DIRTY | VFU_DMA_UNMAP_ALL))
+        return EINVAL;
+    if (u->flags & VFU_DMA_UNMAP_DIRTY)
+        return ENOTSUP;
+    if (u->flags & VFU_DMA_UNMAP_ALL)
+        return u->addr || u->size ? EINVAL : 0;
+    return vpci_mem_exact(dev->mem, u->addr, u->size) ? 0 : ENOENT;
+}
+
+static void dma_unmap(struct vpci_dev *dev, struct message *m)
+{
+    memcpy(&dev->unmap, m->data, sizeof(dev->unmap));
+    int error = check_unmap(dev, &dev->unmap);
+    if (error) {
+        refuse(dev, (uint32_t)error, VPCI_WHY_UNMAP, dev->unmap.addr);
+        return;
+    }
+    pump_begin(dev, OP_UNMAP);
+    if (pump_unmap_is_ready(dev))
+        message_finish_unmap(dev);
+}
+
+void message_finish_unmap(struct vpci_dev *dev)
+{
+    int rc = 0;
+    if (dev->unmap.flags & VFU_DMA_UNMAP_ALL)
+        vpci_mem_clear(dev->mem);
+    else
+        rc = vpci_mem_unmap(dev->mem, dev->unmap.addr, dev->unmap.size);
+    pump_remap(dev);
+    pump_begin(dev, OP_NONE);
+    if (rc < 0)
+        refuse(dev, (uint32_t)-rc, VPCI_WHY_UNMAP, dev->unmap.addr);
+    else
+        succeed(dev, &dev->unmap, sizeof(dev->unmap));
+}
+
+/* ---- interrupts ---- */
+
+static void set_irqs(struct vpci_dev *dev, struct message *m)
+{
+    struct vfu_irq_set set;
+    memcpy(&set, m->data, sizeof(set));
+    int error = set.argsz < sizeof(set) ? EINVAL
+                : vpci_irq_set(&dev->irq, &set, m->data + sizeof(set), m->len - sizeof(set), m->fds, m->n_fds);
+    if (error)
+        refuse(dev, (uint32_t)error, VPCI_WHY_IRQ, set.index);
+    else
+        succeed(dev, NULL, 0);
+}
+
+/* ---- the table of commands ---- */
+
+static void not_supported(struct vpci_dev *dev, struct message *m)
+{
+    refuse(dev, ENOTSUP, VPCI_WHY_COMMAND, m->h.command);
+}
+
+static const struct command {
+    void (*run)(struct vpci_dev *dev, struct message *m);
+    uint32_t min_len;       /* of the payload */
+    bool before_version;
+} commands[] = {
+    [VFU_VERSION] = {to_python, sizeof(struct vfu_version), true},
+    [VFU_DMA_MAP] = {dma_map, sizeof(struct vfu_dma_map), false},
+    [VFU_DMA_UNMAP] = {dma_unmap, sizeof(struct vfu_dma_unmap), false},
+    [VFU_DEVICE_GET_INFO] = {to_python, sizeof(struct vfu_device_info), false},
+    [VFU_DEVICE_GET_REGION_INFO] = {to_python, sizeof(struct vfu_region_info), false},
+    [VFU_DEVICE_GET_REGION_IO_FDS] = {not_supported, 0, false},
+    [VFU_DEVICE_GET_IRQ_INFO] = {to_python, sizeof(struct vfu_irq_info), false},
+    [VFU_DEVICE_SET_IRQS] = {set_irqs, sizeof(struct vfu_irq_set), false},
+    [VFU_REGION_READ] = {region_read, sizeof(struct vfu_region_access), false},
+    [VFU_REGION_WRITE] = {region_write, sizeof(struct vfu_region_access), false},
+    [VFU_DEVICE_RESET] = {to_python, 0, false},
+    [VFU_REGION_WRITE_MULTI] = {not_supported, 0, false},
+    [VFU_DEVICE_FEATURE] = {not_supported, 0, false},
+    [VFU_MIG_DATA_READ] = {not_supported, 0, false},
+    [VFU_MIG_DATA_WRITE] = {not_supported, 0, false},
+};
+
+static void execute(struct vpci_dev *dev, struct message *m)
+{
+    const struct command *c = m->h.command < ARRAY_LEN(commands) ? &commands[m->h.command] : &commands[0];
+    if (!c->run)
+        refuse(dev, EINVAL, VPCI_WHY_COMMAND, m->h.command);
+    else if (m->n_fds > VFU_MAX_FDS)
+        refuse(dev, EINVAL, VPCI_WHY_FDS, m->n_fds);
+    else if (!c->before_version && !dev->conn.versioned)
+        refuse(dev, EINVAL, VPCI_WHY_VERSION_FIRST, m->h.command);
+    else if (m->len < c->min_len)
+        refuse(dev, EINVAL, VPCI_WHY_SHORT, c->min_len);
+    else
+        c->run(dev, m);
+}
+
+void message_execute(struct vpci_dev *dev, struct message *m)
+{
+    dev->request = m->h;
+    dev->stats.messages++;
+    if ((m->h.flags & VFU_F_TYPE_MASK) == 0)
+        execute(dev, m);
+    else if ((m->h.flags & VFU_F_TYPE_MASK) == VFU_F_REPLY)
+        pump_note(dev, (vpci_event){.note = VPCI_NOTE_MESSAGE, .command = m->h.command, .b = VPCI_WHY_TYPE,
+                                    .c = m->h.flags});
+    else
+        refuse(dev, EINVAL, VPCI_WHY_TYPE, m->h.flags);
+    message_close(m);
+}

@@ -1,0 +1,685 @@
+/* The pump: the thread that owns a device. It sleeps in epoll; awake it reads the socket, executes messages in arrival
+ * order, sends the replies, and only then looks at the rings ("reply first, work second"). It never waits for a
+ * backend or for Python: what must wait is an operation (enum op), and the loop goes on.
+ * Work goes down to messages.c and to the engines; finished chains come back through mailbox.c. */
+#include "pump.h"
+
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+
+enum { MAX_CHAINS_A_LOOK = 64, MAX_BYTES_A_LOOK = 1 << 20, MAX_NS_A_LOOK = 200000, MAX_EVENTS = 8 };
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ll + t.tv_nsec;
+}
+
+static uint64_t now_ms(void)
+{
+    return (uint64_t)(now_ns() / 1000000);
+}
+
+void pump_note(struct vpci_dev *dev, vpci_event note)
+{
+    note.pid = dev->conn.pid;
+    mailbox_note(&dev->box, &note);
+}
+
+void pump_begin(struct vpci_dev *dev, enum op op)
+{
+    dev->op = op;
+    dev->op_since_ms = op == OP_NONE ? 0 : now_ms();
+    dev->op_cancelled = dev->op_given_up = false;
+}
+
+/* ---- queues ---- */
+
+static void note_ring_error(struct vpci_dev *dev, const vpci_queue *q)
+{
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_RING_ERROR, .queue = q->index, .a = q->broken, .b = q->broken_head,
+                                .c = q->broken_addr});
+}
+
+void pump_kick(struct vpci_dev *dev, uint32_t queue_index)
+{
+    vpci_queue *q = queue_index < dev->n_queues ? dev->queues[queue_index] : NULL;
+    if (!q || !q->started) {
+        ++*(q ? &q->ignored_kicks : &dev->stats.ignored_kicks);
+        return;
+    }
+    q->kicks++;
+    if (q->suspended && !q->broken) {
+        vpci_ring_break(q, VPCI_RING_UNMAPPED, 0, (uint64_t)q->pfn << PAGE_SHIFT);
+        note_ring_error(dev, q);
+    }
+    q->runnable = !q->broken;
+}
+
+/* After every change of the memory table: rings are found again; one that is whole again is looked at once, for the
+ * driver's kick may have come and gone. */
+void pump_remap(struct vpci_dev *dev)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++) {
+        vpci_queue *q = dev->queues[i];
+        bool was_suspended = q->suspended;
+        if (vpci_queue_remap(q) && was_suspended)
+            q->runnable = !q->broken;
+    }
+}
+
+/* Work that ends after its queue was stopped or broken leaves no trace in the ring. */
+void pump_finish_chain(struct vpci_dev *dev, vpci_chain *chain, uint32_t len)
+{
+    vpci_queue *q = chain->queue;
+    (void)dev;
+    if (q->draining || q->broken) {
+        vpci_ring_drop(q, chain);
+        return;
+    }
+    q->runnable |= q->in_flight == q->size;   /* the queue was full of work: now it can fetch again */
+    vpci_ring_push(q, chain, len);
+    q->dirty = true;
+}
+
+static void publish(struct vpci_dev *dev, vpci_queue *q)
+{
+    q->dirty = false;
+    if (vpci_ring_publish(q))
+        q->interrupts += vpci_irq_raise(&dev->irq, q->vector, VPCI_ISR_QUEUE);
+}
+
+static bool may_fetch(const struct vpci_dev *dev, const vpci_queue *q)
+{
+    return q->runnable && !q->draining && !dev->held_by_bus_master && dev->op != OP_UNMAP && dev->op != OP_CLOSING &&
+           dev->op != OP_STOPPING;
+}
+
+/* Fetch until the ring is empty or the look is over. Returns true when it is empty (or can give nothing now). */
+static bool fetch(vpci_queue *q)
+{
+    int64_t until = now_ns() + MAX_NS_A_LOOK;
+    uint64_t bytes = 0;
+    for (int n = 0; n < MAX_CHAINS_A_LOOK && bytes < MAX_BYTES_A_LOOK; n++) {
+        vpci_chain *chain = vpci_ring_pop(q);
+        if (!chain)
+            return true;
+        bytes += (uint64_t)chain->out_len + chain->in_len;
+        q->engine->serve(q->engine_state, vpci_host_table(), chain);
+        if (n % 8 == 7 && now_ns() > until)
+            break;
+    }
+    return false;
+}
+
+static void look(struct vpci_dev *dev, vpci_queue *q)
+{
+    uint16_t was_broken = q->broken;
+    vpci_ring_busy(q);
+    bool empty = fetch(q);
+    if (q->dirty)
+        publish(dev, q);
+    if (q->broken && !was_broken)
+        note_ring_error(dev, q);
+    bool full = q->in_flight == q->size;   /* the next chain to finish makes it runnable */
+    if (empty)
+        q->runnable = !full && vpci_ring_idle(q);
+}
+
+static bool look_at_rings(struct vpci_dev *dev)
+{
+    bool more = false;
+    for (uint32_t i = 0; i < dev->n_queues; i++) {
+        vpci_queue *q = dev->queues[i];
+        if (may_fetch(dev, q))
+            look(dev, q);
+        else if (q->dirty)
+            publish(dev, q);
+        more |= may_fetch(dev, q);
+    }
+    return more;
+}
+
+static void finish_chains(struct vpci_dev *dev, vpci_chain *chain)
+{
+    for (vpci_chain *next; chain; chain = next) {
+        next = chain->next;
+        pump_finish_chain(dev, chain, chain->used_len);
+    }
+}
+
+static uint64_t in_flight(const struct vpci_dev *dev, bool draining_only)
+{
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        if (!draining_only || dev->queues[i]->draining)
+            n += dev->queues[i]->in_flight;
+    return n;
+}
+
+/* ---- effects ---- */
+
+static void fx_queue_stop(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)dev, (void)fx;
+    vpci_queue_stop(q);
+    q->draining = q->runnable = q->dirty = false;
+}
+
+static void fx_queue_start(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)dev;
+    vpci_queue_start(q, (uint32_t)fx->value);
+    q->runnable = false;
+}
+
+static void fx_features(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    dev->features = fx->value;
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        if (dev->queues[i]->engine->features)
+            dev->queues[i]->engine->features(dev->queues[i]->engine_state, fx->value);
+}
+
+static void fx_ring_rules(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        vpci_queue_rules(dev->queues[i], (uint32_t)fx->value);
+}
+
+static void fx_queue_vector(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)dev;
+    q->vector = (uint16_t)fx->value;
+}
+
+static void fx_config_vector(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    dev->irq.config_vector = (uint16_t)fx->value;
+}
+
+static void fx_msix(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    vpci_irq_set_msix(&dev->irq, fx->value & 1, fx->value >> 1 & 1);
+}
+
+static void fx_intx_disable(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    vpci_irq_set_intx_disable(&dev->irq, fx->value);
+}
+
+static void fx_bus_master(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    dev->held_by_bus_master = !fx->value;
+}
+
+static void fx_vector_mask(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    vpci_irq_entry_mask(&dev->irq, fx->queue, fx->value);
+}
+
+static void fx_isr_clear(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q, (void)fx;
+    vpci_irq_clear(&dev->irq);
+}
+
+static void fx_notify_reset(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q, (void)fx;
+    hot_set_notify(&dev->hot, 0);
+}
+
+static void fx_raise_config(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q, (void)fx;
+    dev->stats.config_interrupts += vpci_irq_raise(&dev->irq, dev->irq.config_vector, VPCI_ISR_CONFIG);
+}
+
+static void fx_kick(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    pump_kick(dev, fx->queue);
+}
+
+static const struct {
+    void (*run)(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx);
+    bool needs_queue;
+} effects[VPCI_FX_OPS] = {
+    [VPCI_FX_QUEUE_STOP] = {fx_queue_stop, true},
+    [VPCI_FX_QUEUE_START] = {fx_queue_start, true},
+    [VPCI_FX_FEATURES] = {fx_features, false},
+    [VPCI_FX_RING_RULES] = {fx_ring_rules, false},
+    [VPCI_FX_QUEUE_VECTOR] = {fx_queue_vector, true},
+    [VPCI_FX_CONFIG_VECTOR] = {fx_config_vector, false},
+    [VPCI_FX_MSIX] = {fx_msix, false},
+    [VPCI_FX_INTX_DISABLE] = {fx_intx_disable, false},
+    [VPCI_FX_BUS_MASTER] = {fx_bus_master, false},
+    [VPCI_FX_VECTOR_MASK] = {fx_vector_mask, false},
+    [VPCI_FX_ISR_CLEAR] = {fx_isr_clear, false},
+    [VPCI_FX_NOTIFY_RESET] = {fx_notify_reset, false},
+    [VPCI_FX_RAISE_CONFIG] = {fx_raise_config, false},
+    [VPCI_FX_KICK] = {fx_kick, false},
+};
+
+static void apply(struct vpci_dev *dev, const struct order *o)
+{
+    /* The table first: a config interrupt must find the new bytes readable (D9). */
+    hot_install(&dev->hot, o->rows, o->n_rows);
+    for (uint32_t i = 0; i < o->n_effects; i++) {
+        const vpci_effect *fx = &o->effects[i];
+        vpci_queue *q = fx->queue < dev->n_queues ? dev->queues[fx->queue] : NULL;
+        if (fx->op < VPCI_FX_OPS && (q || !effects[fx->op].needs_queue))
+            effects[fx->op].run(dev, q, fx);
+    }
+}
+
+/* Stops begin to drain at once; the rest waits until they are done. */
+static void begin_drain(struct vpci_dev *dev, struct order *o)
+{
+    for (uint32_t i = 0; i < o->n_effects; i++)
+        if (o->effects[i].op == VPCI_FX_QUEUE_STOP && o->effects[i].queue < dev->n_queues)
+            dev->queues[o->effects[i].queue]->draining = true;
+        else if (o->effects[i].op == VPCI_FX_BUS_MASTER)
+            dev->held_by_bus_master |= !o->effects[i].value;
+    dev->answer = o;
+    pump_begin(dev, OP_DRAIN);
+}
+
+static void take_orders(struct vpci_dev *dev, struct order *o)
+{
+    for (struct order *next; o; o = next) {
+        next = o->next;
+        if (o->is_answer && dev->op == OP_PYTHON) {
+            begin_drain(dev, o);
+            continue;
+        }
+        apply(dev, o);
+        order_free(o);
+    }
+}
+
+/* ---- operations ---- */
+
+static bool range_is_free(const struct vpci_dev *dev, const struct vpci_range *r)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        if (dev->queues[i]->in_flight && vpci_queue_touches(dev->queues[i], r))
+            return false;
+    return !r->users;
+}
+
+bool pump_unmap_is_ready(struct vpci_dev *dev)
+{
+    if (!(dev->unmap.flags & VFU_DMA_UNMAP_ALL))
+        return range_is_free(dev, vpci_mem_exact(dev->mem, dev->unmap.addr, dev->unmap.size));
+    return !in_flight(dev, false);
+}
+
+static bool op_is_ready(struct vpci_dev *dev)
+{
+    switch (dev->op) {
+    case OP_DRAIN: return !in_flight(dev, !dev->held_by_bus_master);
+    case OP_UNMAP: return pump_unmap_is_ready(dev);
+    case OP_CLOSING:
+    case OP_STOPPING: return !in_flight(dev, false);
+    default: return false;
+    }
+}
+
+static void finish_drain(struct vpci_dev *dev)
+{
+    struct order *o = dev->answer;
+    dev->answer = NULL;
+    apply(dev, o);
+    dev->conn.versioned |= dev->request.command == VFU_VERSION && !o->error;
+    pump_begin(dev, OP_NONE);
+    reply(dev, o->error, o->payload, o->len, NULL, 0);
+    order_free(o);
+}
+
+/* The client's life is over and nothing of it is in flight: Python is told, and makes the function fresh. */
+static void finish_closing(struct vpci_dev *dev)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        fx_queue_stop(dev, dev->queues[i], NULL);
+    vpci_mem_clear(dev->mem);
+    vpci_irq_forget_client(&dev->irq);
+    dev->request = (struct vfu_header){.flags = VFU_F_NO_REPLY};
+    pump_begin(dev, OP_PYTHON);
+    mailbox_message(&dev->box, &(vpci_event){.kind = VPCI_EVENT_CLIENT_GONE, .pid = dev->conn.pid});
+    dev->conn.pid = 0;
+    dev->stats.client_pid = 0;
+}
+
+static void finish_stopping(struct vpci_dev *dev)
+{
+    conn_close(&dev->conn);
+    pump_begin(dev, OP_ENDED);
+}
+
+static void op_finish(struct vpci_dev *dev)
+{
+    static void (*const finish[])(struct vpci_dev *) = {
+        [OP_DRAIN] = finish_drain, [OP_UNMAP] = message_finish_unmap,
+        [OP_CLOSING] = finish_closing, [OP_STOPPING] = finish_stopping,
+    };
+    finish[dev->op](dev);
+}
+
+static void cancel_what_can_be(struct vpci_dev *dev)
+{
+    dev->op_cancelled = true;
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_CANCEL, .a = in_flight(dev, false)});
+    for (uint32_t i = 0; i < dev->n_queues; i++) {
+        vpci_queue *q = dev->queues[i];
+        if (q->in_flight && q->engine->cancel)
+            q->engine->cancel(q->engine_state, q->index);
+    }
+}
+
+/* The client stops listening after 5 s and would take a late reply for garbage: an honest close is better. */
+static void give_up(struct vpci_dev *dev)
+{
+    dev->op_given_up = true;
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_STUCK, .a = in_flight(dev, false)});
+    conn_close(&dev->conn);
+    dev->conn.gone = true;
+    if (dev->op == OP_STOPPING)
+        finish_stopping(dev);
+}
+
+static bool waits_for_work(const struct vpci_dev *dev)
+{
+    return dev->op >= OP_DRAIN && dev->op < OP_ENDED;
+}
+
+static void watch_the_clock(struct vpci_dev *dev)
+{
+    if (!waits_for_work(dev))
+        return;
+    uint64_t waited = now_ms() - dev->op_since_ms;
+    if (waited >= dev->cancel_ms && !dev->op_cancelled)
+        cancel_what_can_be(dev);
+    if (waited >= dev->close_ms && !dev->op_given_up)
+        give_up(dev);
+}
+
+/* ---- the connection ---- */
+
+static uint32_t peer_pid(int fd)
+{
+    struct ucred cred = {0};
+    socklen_t len = sizeof(cred);
+    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len);
+    return (uint32_t)cred.pid;
+}
+
+static void refuse_client(struct vpci_dev *dev, int fd)
+{
+    dev->stats.refused_clients++;
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_REFUSED, .a = peer_pid(fd), .b = dev->conn.pid});
+    close(fd);
+}
+
+static void accept_client(struct vpci_dev *dev)
+{
+    int fd = accept4(dev->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd < 0)
+        return;
+    if (dev->conn.fd >= 0) {
+        refuse_client(dev, fd);
+        return;
+    }
+    conn_open(&dev->conn, fd, peer_pid(fd));
+    struct epoll_event ev = {.data.fd = fd};
+    epoll_ctl(dev->epoll_fd, EPOLL_CTL_ADD, fd, &ev);
+    dev->stats.clients++;
+    dev->stats.client_pid = dev->conn.pid;
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_CLIENT, .a = dev->conn.pid});
+}
+
+static void lose_stream(struct vpci_dev *dev, uint64_t why, uint64_t detail)
+{
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_PROTOCOL, .a = why, .b = detail});
+    dev->conn.gone = true;
+}
+
+static void receive(struct vpci_dev *dev)
+{
+    uint64_t detail = 0;
+    int why = conn_receive(&dev->conn, &detail);
+    if (why)
+        lose_stream(dev, (uint64_t)why, detail);
+}
+
+static void execute_messages(struct vpci_dev *dev)
+{
+    struct message m;
+    uint64_t detail = 0;
+    int got = 0;
+    while (dev->op == OP_NONE && dev->conn.fd >= 0 && !conn_congested(&dev->conn) &&
+           (got = conn_next(&dev->conn, &m, &detail)) > 0)
+        message_execute(dev, &m);
+    if (got < 0)
+        lose_stream(dev, (uint64_t)-got, detail);
+}
+
+/* What was received before the peer went is executed first; then the connection closes. */
+static void end_connection(struct vpci_dev *dev)
+{
+    if (!dev->conn.gone || dev->op != OP_NONE)
+        return;
+    conn_close(&dev->conn);
+    dev->conn.gone = false;
+    pump_begin(dev, OP_CLOSING);
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        dev->queues[i]->draining = true;
+}
+
+static void arm(struct vpci_dev *dev)
+{
+    struct conn *c = &dev->conn;
+    bool accepting = c->fd >= 0 || dev->op == OP_NONE;
+    if (accepting != dev->accepting) {
+        struct epoll_event ev = {.events = accepting ? EPOLLIN : 0, .data.fd = dev->listen_fd};
+        epoll_ctl(dev->epoll_fd, EPOLL_CTL_MOD, dev->listen_fd, &ev);
+        dev->accepting = accepting;
+    }
+    if (c->fd < 0)
+        return;
+    if (c->gone) {
+        /* A hang-up is reported whatever is asked for, and what is under way may take a while yet. */
+        epoll_ctl(dev->epoll_fd, EPOLL_CTL_DEL, c->fd, NULL);
+        return;
+    }
+    uint32_t want = (conn_has_room(c) ? EPOLLIN : 0u) | (c->tx_at < c->tx_end ? EPOLLOUT : 0u);
+    if (want != c->armed) {
+        struct epoll_event ev = {.events = want, .data.fd = c->fd};
+        epoll_ctl(dev->epoll_fd, EPOLL_CTL_MOD, c->fd, &ev);
+        c->armed = want;
+    }
+}
+
+/* ---- the loop ---- */
+
+static int sleep_ms(const struct vpci_dev *dev, bool more)
+{
+    if (more)
+        return 0;
+    if (!waits_for_work(dev) || dev->op_given_up)
+        return -1;
+    uint64_t waited = now_ms() - dev->op_since_ms, until = dev->op_cancelled ? dev->close_ms : dev->cancel_ms;
+    return waited < until ? (int)(until - waited) : 0;
+}
+
+static void take_event(struct vpci_dev *dev, const struct epoll_event *ev)
+{
+    if (ev->data.fd == dev->listen_fd)
+        accept_client(dev);
+    else if (ev->data.fd == dev->conn.fd && ev->events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+        receive(dev);
+}
+
+static void take_mail(struct vpci_dev *dev)
+{
+    struct order *orders;
+    vpci_chain *done;
+    bool stop;
+    mailbox_collect(&dev->box, &orders, &done, &stop);
+    finish_chains(dev, done);
+    take_orders(dev, orders);
+    if (stop && dev->op == OP_NONE)
+        pump_begin(dev, OP_STOPPING);
+}
+
+/* One turn of the loop, awake. Returns whether there is more to do without sleeping. */
+static bool turn(struct vpci_dev *dev)
+{
+    take_mail(dev);
+    watch_the_clock(dev);
+    while (op_is_ready(dev))
+        op_finish(dev);
+    execute_messages(dev);
+    conn_send(&dev->conn);
+    bool more = look_at_rings(dev);
+    end_connection(dev);
+    more |= op_is_ready(dev);
+    arm(dev);
+    return more;
+}
+
+static void *run(void *arg)
+{
+    struct vpci_dev *dev = arg;
+    struct epoll_event events[MAX_EVENTS];
+    bool more = false;
+    dev->owner = pthread_self();
+    while (dev->op != OP_ENDED) {
+        int n = epoll_wait(dev->epoll_fd, events, MAX_EVENTS, sleep_ms(dev, more));
+        pthread_mutex_lock(&dev->awake);
+        for (int i = 0; i < n; i++)
+            take_event(dev, &events[i]);
+        more = turn(dev);
+        pthread_mutex_unlock(&dev->awake);
+    }
+    mailbox_end(&dev->box);
+    return NULL;
+}
+
+/* ---- the device ---- */
+
+static int make_queues(vpci_dev *dev, const vpci_dev_setup *setup)
+{
+    dev->queues = calloc(setup->n_queues ? setup->n_queues : 1, sizeof(*dev->queues));
+    for (uint32_t i = 0; dev->queues && i < setup->n_queues; i++) {
+        vpci_queue *q = vpci_queue_new(dev->mem, setup->queues[i].size, setup->max_sg);
+        if (!q)
+            return -ENOMEM;
+        q->dev = dev;
+        q->index = (uint16_t)i;
+        q->engine = setup->queues[i].engine;
+        q->engine_state = setup->queues[i].engine_state;
+        dev->queues[dev->n_queues++] = q;
+    }
+    return dev->queues ? 0 : -ENOMEM;
+}
+
+static int watch(vpci_dev *dev, int fd)
+{
+    struct epoll_event ev = {.events = EPOLLIN, .data.fd = fd};
+    return epoll_ctl(dev->epoll_fd, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
+}
+
+vpci_dev *vpci_dev_new(const vpci_dev_setup *setup)
+{
+    vpci_dev *dev = calloc(1, sizeof(*dev));
+    if (!dev)
+        return NULL;
+    conn_init(&dev->conn);
+    pthread_mutex_init(&dev->awake, NULL);
+    memcpy(dev->region_sizes, setup->region_sizes, sizeof(dev->region_sizes));
+    dev->cancel_ms = setup->cancel_ms;
+    dev->close_ms = setup->close_ms;
+    dev->listen_fd = -1;
+    dev->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    dev->mem = vpci_mem_new();
+    int rc = mailbox_init(&dev->box);
+    if (dev->epoll_fd < 0 || !dev->mem || rc < 0 || setup->region_sizes[VFU_REGION_BAR0] > VFU_MAX_BAR0 ||
+        vpci_irq_init(&dev->irq, setup->irq_counts) < 0 ||
+        hot_init(&dev->hot, (uint32_t)setup->region_sizes[VFU_REGION_BAR0]) < 0 || make_queues(dev, setup) < 0) {
+        vpci_dev_free(dev);
+        return NULL;
+    }
+    return dev;
+}
+
+int vpci_dev_start(vpci_dev *dev, int listen_fd)
+{
+    int rc;
+    dev->listen_fd = listen_fd;
+    dev->accepting = true;
+    if ((rc = watch(dev, listen_fd)) < 0 || (rc = watch(dev, dev->box.wake_fd)) < 0)
+        return rc;
+    /* Python's first table was posted before the start, and the thread takes it in its first turn. */
+    mailbox_wake(&dev->box);
+    rc = vpci_thread_start(&dev->thread, run, dev, "vpci-pump");
+    dev->thread_started = rc == 0;
+    return rc;
+}
+
+void vpci_dev_free(vpci_dev *dev)
+{
+    if (!dev)
+        return;
+    if (dev->thread_started)
+        pthread_join(dev->thread, NULL);
+    conn_fini(&dev->conn);
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        vpci_queue_free(dev->queues[i]);
+    free(dev->queues);
+    vpci_irq_fini(&dev->irq);
+    hot_fini(&dev->hot);
+    vpci_mem_free(dev->mem);
+    mailbox_fini(&dev->box);
+    order_free(dev->answer);
+    free(dev->python_data);
+    if (dev->epoll_fd >= 0)
+        close(dev->epoll_fd);
+    pthread_mutex_destroy(&dev->awake);
+    free(dev);
+}
+
+void vpci_dev_read_stats(vpci_dev *dev, vpci_dev_stats *stats)
+{
+    pthread_mutex_lock(&dev->awake);
+    *stats = dev->stats;
+    pthread_mutex_unlock(&dev->awake);
+    vpci_irq_read_level(&dev->irq, &stats->isr, &stats->intx_level);
+    pthread_mutex_lock(&dev->box.lock);
+    stats->lost_notes = dev->box.lost_notes;
+    pthread_mutex_unlock(&dev->box.lock);
+}
+
+void vpci_dev_queue_stats(vpci_dev *dev, uint32_t queue, vpci_queue_stats *stats)
+{
+    *stats = (vpci_queue_stats){0};
+    pthread_mutex_lock(&dev->awake);
+    if (queue < dev->n_queues)
+        vpci_queue_read_stats(dev->queues[queue], stats);
+    pthread_mutex_unlock(&dev->awake);
+}
+
+uint32_t vpci_dev_pending(vpci_dev *dev, uint8_t *buf, uint32_t len)
+{
+    return vpci_irq_pending(&dev->irq, buf, len);
+}

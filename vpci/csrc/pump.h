@@ -1,0 +1,177 @@
+/* What the pump's own files share: the device, its connection, and the operation that a message has begun. */
+#ifndef VPCI_PUMP_H
+#define VPCI_PUMP_H
+
+#include "core.h"
+
+/* ---- conn.c: the client's socket, bytes and fds to messages and back ---- */
+
+enum { MAX_HELD_FDS = 256, RX_MIN = 65536, TX_HIGH = 4 << 20 };
+#define RX_MAX (2u * VFU_MAX_MESSAGE)
+
+/* fds that came with the byte at this position of the stream. */
+struct held_fd {
+    uint64_t position;
+    int fd;
+};
+
+struct conn {
+    int fd;                 /* -1: no client */
+    uint32_t pid;
+    bool versioned;         /* VERSION was answered */
+    bool gone;              /* the peer is gone or was given up; close when nothing is under way */
+    uint8_t *rx;            /* bytes received and not executed: rx[rx_at .. rx_end) */
+    size_t rx_at, rx_end, rx_cap;
+    uint64_t position;      /* of rx[rx_at] in the stream */
+    struct held_fd held[MAX_HELD_FDS];
+    uint32_t n_held;
+    uint8_t *tx;
+    size_t tx_at, tx_end, tx_cap;
+    uint32_t armed;         /* epoll events asked for now */
+};
+
+/* A complete message; data points into the receive buffer until the next receive. */
+struct message {
+    struct vfu_header h;
+    const uint8_t *data;
+    uint32_t len;
+    int fds[VFU_MAX_FDS];   /* closed by message_close unless set to -1 */
+    uint32_t n_fds;
+};
+
+void conn_init(struct conn *c);
+void conn_open(struct conn *c, int fd, uint32_t pid);
+void conn_close(struct conn *c);
+void conn_fini(struct conn *c);
+/* One receive. Returns 0, or enum vpci_refusal and *detail when the connection must end; EOF sets gone. */
+int conn_receive(struct conn *c, uint64_t *detail);
+bool conn_has_room(const struct conn *c);
+/* Take the next whole message. 1: there is one, 0: not yet, < 0: -(enum vpci_refusal), the stream is lost. */
+int conn_next(struct conn *c, struct message *m, uint64_t *detail);
+void message_close(struct message *m);
+/* Queue a reply: the parts follow each other. Returns false when memory is short. */
+bool conn_reply(struct conn *c, const struct vfu_header *request, uint32_t error, const void *a, size_t a_len,
+                const void *b, size_t b_len);
+void conn_send(struct conn *c);
+bool conn_congested(const struct conn *c);
+
+/* ---- hot.c: register accesses that need no Python ---- */
+
+struct hot {
+    uint32_t size;          /* of BAR0 */
+    uint8_t *image;         /* what reads see */
+    uint8_t *read_kind;     /* enum vpci_hot_read, a byte */
+    uint8_t *write_kind;    /* enum vpci_hot_write, a byte; WRITE_KICK at a kick's first byte only */
+    uint8_t *kick_width;
+    uint16_t notify;        /* queue_notify as last written */
+};
+
+int hot_init(struct hot *hot, uint32_t size);
+void hot_fini(struct hot *hot);
+void hot_install(struct hot *hot, const vpci_hot_row *rows, uint32_t n_rows);
+bool hot_covers_isr(const struct hot *hot, uint32_t off, uint32_t len);
+void hot_read(const struct hot *hot, uint32_t off, uint32_t len, uint32_t isr, uint8_t *out);
+bool hot_is_kick(const struct hot *hot, uint32_t off, uint32_t len);
+bool hot_is_drop(const struct hot *hot, uint32_t off, uint32_t len);
+void hot_set_notify(struct hot *hot, uint16_t value);
+
+/* ---- mailbox.c: to Python and back ---- */
+
+enum { MAX_NOTES = 128 };
+
+/* An answer or a post from Python. */
+struct order {
+    struct order *next;
+    bool is_answer;
+    uint32_t error;
+    uint8_t *payload;
+    uint32_t len;
+    vpci_effect *effects;
+    uint32_t n_effects;
+    vpci_hot_row *rows;
+    uint32_t n_rows;
+};
+
+struct mailbox {
+    pthread_mutex_t lock;
+    pthread_cond_t for_python;
+    int wake_fd;                       /* wakes the pump */
+    vpci_event notes[MAX_NOTES];
+    uint32_t first_note, n_notes;
+    uint64_t lost_notes, lost_since;
+    vpci_event message;                /* kind NONE: nothing waits for Python */
+    bool ended;                        /* the pump is: STOPPED is to be told once */
+    struct order *orders, **last_order;
+    vpci_chain *done, **last_done;     /* chains finished by other threads */
+    bool stop;
+};
+
+int mailbox_init(struct mailbox *box);
+void mailbox_fini(struct mailbox *box);
+void mailbox_wake(struct mailbox *box);
+void mailbox_note(struct mailbox *box, const vpci_event *note);
+void mailbox_message(struct mailbox *box, const vpci_event *message);
+void mailbox_end(struct mailbox *box);
+/* Take what other threads left. */
+void mailbox_collect(struct mailbox *box, struct order **orders, vpci_chain **done, bool *stop);
+void order_free(struct order *order);
+
+/* ---- pump.c ---- */
+
+/* What the message in execution waits for. Requests after it stay in the receive buffer. */
+enum op {
+    OP_NONE,
+    OP_PYTHON,     /* Python's answer */
+    OP_DRAIN,      /* have the answer; the queues it stops have work in flight */
+    OP_UNMAP,      /* work in flight on the memory to be unmapped */
+    OP_CLOSING,    /* the client is gone; work in flight of its life */
+    OP_STOPPING,   /* vpci_dev_stop */
+    OP_ENDED
+};
+
+struct vpci_dev {
+    vpci_mem *mem;
+    struct vpci_irq irq;
+    struct hot hot;
+    struct mailbox box;
+    struct conn conn;
+    vpci_queue **queues;
+    uint32_t n_queues;
+    uint64_t region_sizes[VFU_REGION_INDICES];
+    uint32_t cancel_ms, close_ms;
+
+    pthread_t thread;
+    bool thread_started;
+    pthread_t owner;                   /* the thread, as it knows itself */
+    int epoll_fd;
+    int listen_fd;
+    bool accepting;
+    bool held_by_bus_master;
+
+    enum op op;
+    uint64_t op_since_ms;
+    bool op_cancelled, op_given_up;
+    struct vfu_header request;         /* the header of the message in execution */
+    struct order *answer;              /* OP_DRAIN */
+    struct vfu_dma_unmap unmap;        /* OP_UNMAP */
+    uint8_t *python_data;              /* the payload that Python is looking at */
+
+    pthread_mutex_t awake;             /* held by the pump while it is not asleep: readers of state take it */
+    vpci_dev_stats stats;
+    uint64_t features;
+};
+
+void pump_note(struct vpci_dev *dev, vpci_event note);
+void pump_kick(struct vpci_dev *dev, uint32_t queue_index);
+void pump_begin(struct vpci_dev *dev, enum op op);
+void pump_finish_chain(struct vpci_dev *dev, vpci_chain *chain, uint32_t len);
+void pump_remap(struct vpci_dev *dev);
+bool pump_unmap_is_ready(struct vpci_dev *dev);
+
+/* ---- messages.c ---- */
+
+void message_execute(struct vpci_dev *dev, struct message *m);
+void message_finish_unmap(struct vpci_dev *dev);
+void reply(struct vpci_dev *dev, uint32_t error, const void *a, size_t a_len, const void *b, size_t b_len);
+
+#endif
