@@ -1,0 +1,129 @@
+"""The command line: one parser, and for each command the module of vpci.commands that does it, imported when it is called.
+
+Exit status: 0 it worked, 1 it did not, 2 what was asked for was wrong (a configuration, an argument).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from vpci import __version__
+from vpci.errors import ConfigError, LayoutError, VpciError
+
+DESCRIPTION = """\
+Serve a virtio PCI function to a VMM over vfio-user, with the register header of the 2011 draft, and exercise drivers with it.
+
+Start with `vpci config blk > blk.toml`, `vpci serve blk.toml`, and the arguments that `vpci qemu blk.toml` prints."""
+
+_CONFIG = ("config", {"metavar": "CONFIG", "help": "a TOML file; `vpci config MODEL` prints one with every key explained"})
+_CONFIGS = ("config", {"metavar": "CONFIG", "nargs": "+", "help": "one device each; `vpci config MODEL` prints a sample"})
+_SET = (
+    "--set",
+    {
+        "metavar": "KEY=VALUE",
+        "action": "append",
+        "default": [],
+        "dest": "sets",
+        "help": "set a key of the configuration to a TOML value, as in --set pci.msix_vectors=0 --set 'features.offer=[45]'",
+    },
+)
+_SOCKET = ("--socket", {"metavar": "PATH", "help": "the socket to listen on, instead of the configuration's"})
+_JSON = ("--json", {"action": "store_true", "help": "print JSON: one object a line for events, one object for a result"})
+_KERNEL = ("--kernel", {"metavar": "NAME", "default": "6.1", "help": "guest kernel: 6.1 (default), 6.12 or sid"})
+_MACHINE = ("--machine", {"choices": ("q35", "pc"), "default": "q35", "help": "QEMU's machine (default: q35)"})
+
+#: name -> (what it does, an example, its arguments). The command's module is vpci.commands.NAME.
+COMMANDS: dict[str, tuple[str, str, Sequence[tuple[str, dict[str, object]]]]] = {
+    "serve": (
+        "serve the device until SIGINT or SIGTERM; one client at a time",
+        "vpci serve configs/blk.toml --set blk.size=1G",
+        [_CONFIG, _SOCKET, _SET, _JSON],
+    ),
+    "guest": (
+        "serve the devices and boot Linux with them in QEMU",
+        "vpci guest configs/blk.toml --run 'dd if=/dev/vda of=/dev/null bs=1M'",
+        [
+            _CONFIGS,
+            _KERNEL,
+            _MACHINE,
+            ("--memory", {"metavar": "MIB", "type": int, "default": 256, "help": "the guest's RAM (default: 256)"}),
+            ("--append", {"metavar": "WORDS", "default": "", "help": "more words for the kernel's command line, such as pci=nomsi"}),
+            ("--run", {"metavar": "COMMAND", "help": "run this in the guest, print its output, power off; its exit status is ours"}),
+            ("--interactive", {"action": "store_true", "help": "a shell in the guest on this terminal"}),
+            _SET,
+            _JSON,
+        ],
+    ),
+    "demo": (
+        "boot Linux on a scratch disk, use it, and show what the driver and the device did",
+        "vpci demo",
+        [
+            ("config", {"metavar": "CONFIG", "nargs": "?", "help": "another disk's configuration; its image is not used"}),
+            _KERNEL,
+            _MACHINE,
+            _SET,
+            _JSON,
+        ],
+    ),
+    "qemu": (
+        "print the QEMU arguments that attach the device, ready to paste",
+        "vpci qemu configs/blk.toml --machine pc",
+        [
+            _CONFIGS,
+            _MACHINE,
+            ("--memory", {"metavar": "MIB", "type": int, "default": 256, "help": "the guest's RAM, which is shared (default: 256)"}),
+            _SOCKET,
+            _SET,
+            _JSON,
+        ],
+    ),
+    "config": (
+        "print a commented sample configuration",
+        "vpci config blk > blk.toml",
+        [("model", {"metavar": "MODEL", "help": "blk, an entry point of vpci.models, or module:Class"})],
+    ),
+    "doctor": (
+        "say what is here, what is missing, and what to type",
+        "vpci doctor",
+        [_JSON],
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="vpci", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"vpci {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (what, example, arguments) in COMMANDS.items():
+        sub = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=f"example: {example}")
+        for flag, options in arguments:
+            sub.add_argument(flag, **options)  # type: ignore[arg-type]
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = importlib.import_module(f"vpci.commands.{args.command}").run
+    try:
+        return run(args)
+    except (ConfigError, LayoutError) as error:
+        return _failed(error, 2)
+    except VpciError as error:
+        return _failed(error, 1)
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _failed(error: Exception, status: int) -> int:
+    print(f"vpci: {error}", file=sys.stderr)
+    return status

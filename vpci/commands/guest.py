@@ -1,0 +1,62 @@
+"""`vpci guest`: serves the configured devices and boots Linux with them; servers and guest live in this process."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vpci import config as configuration
+from vpci.commands.output import Output
+from vpci.commands.serve import make_server, stop
+from vpci.config import Config
+from vpci.errors import ConfigError
+from vpci.guest import Guest
+from vpci.vfu.server import Server
+
+
+def run(args: argparse.Namespace) -> int:
+    """Boot; run the command or give the terminal to the guest's shell."""
+    if not args.run and not args.interactive:
+        raise ConfigError("", "--run", None, "a command for the guest, or --interactive for a shell in it")
+    out = Output(args.json)
+    configs = [configuration.load(path, args.sets) for path in args.config]
+    options = {"kernel": args.kernel, "machine": args.machine, "memory_mib": args.memory, "append": args.append}
+    with served(configs, out) as servers, booted(servers, out, interactive=args.interactive, **options) as guest:
+        return guest.wait() if args.interactive else _run(guest, args.run, servers, out)
+
+
+def _run(guest: Guest, command: str, servers: Sequence[Server], out: Output) -> int:
+    result = guest.run(command, timeout=3600)
+    if out.as_json:
+        states = [server.state() for server in servers]
+        out.event("ran", f"{command!r} ended with {result.status}", status=result.status, output=result.text, states=states)
+    else:
+        sys.stdout.buffer.write(result.output)
+        sys.stdout.flush()
+    guest.poweroff()
+    return result.status
+
+
+@contextlib.contextmanager
+def served(configs: Sequence[Config], out: Output) -> Iterator[list[Server]]:
+    """Servers for the configurations, started; at the end they drain and flush."""
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for config in configs:
+            server = make_server(config, None, out)
+            server.start()
+            stack.callback(stop, server, out, "the guest is done", guest_runs=False)
+            servers.append(server)
+        yield servers
+
+
+@contextlib.contextmanager
+def booted(servers: Sequence[Server], out: Output, **options: Any) -> Iterator[Guest]:
+    """A guest with the servers' devices, ready for commands."""
+    guest = Guest(sockets=[server.path for server in servers], progress=out.progress, **options)
+    out.progress(f"booting Linux {options['kernel']} with {', '.join(server.model.name for server in servers)}")
+    with guest:
+        yield guest

@@ -1,0 +1,124 @@
+"""Tables for the terminal: commands hand it the same data that --json prints. The only user of rich."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vpci.guest.doctor import Check
+
+RING_COLUMNS = {
+    "requests": "chains",
+    "kicks": "kicks",
+    "interrupts": "interrupts",
+    "suppressed": "suppressed",
+    "request errors": "request_errors",
+    "ring errors": "ring_errors",
+}
+
+
+def console() -> Console:
+    """Standard output; colours only on a terminal, and lines as long as they are when it is none."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=120)
+
+
+def _table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, justify="right" if column in set(right) else "left", overflow="fold")
+    return table
+
+
+def _verdict(ok: bool) -> Text:
+    return Text("ok", style="green") if ok else Text("FAILED", style="bold red")
+
+
+def checks(found: Sequence[Check]) -> None:
+    """What `vpci doctor` saw."""
+    table = _table("this machine", "", "what", "found", "to type")
+    for check in found:
+        mark = Text("ok", style="green") if check.ok else Text("missing", style="yellow")
+        table.add_row(mark, check.name, check.found, check.hint)
+    console().print(table)
+
+
+def identity(facts: dict[str, str]) -> Table:
+    """What the guest's kernel says of the function."""
+    table = _table("the function, as the guest's kernel sees it", "", "")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def header(states: dict[str, list[dict[str, Any]]]) -> Table:
+    """The register header in each state side by side: what moves is marked."""
+    columns = list(states)
+    table = _table("register header in BAR0", "register", "bytes", "access", *columns, right=["bytes", *columns])
+    rows = {field["name"]: field for fields in states.values() for field in fields}
+    rows["device configuration"] = {"name": "device configuration", "width": "", "access": ""}
+    for name, field in rows.items():
+        offsets = [_offset(fields, name) for fields in states.values()]
+        moved = len(set(offsets)) > 1
+        cells = [Text(offset, style="yellow" if moved else "") for offset in offsets]
+        table.add_row(name, str(field["width"]), str(field["access"]), *cells)
+    return table
+
+
+def _offset(fields: list[dict[str, Any]], name: str) -> str:
+    if name == "device configuration":
+        return str(max(field["offset"] + field["width"] for field in fields))
+    return next((str(field["offset"]) for field in fields if field["name"] == name), "-")
+
+
+def features(state: dict[str, Any]) -> Table:
+    """Each offered bit, and whether the driver took it."""
+    words = state["features"]
+    title = f"features: offered {words['offered_word']}, driver took {words['acked_word']}"
+    table = _table(title, "bit", "offered", "driver")
+    for number, name in enumerate_bits(words["offered_word"], words["offered"]):
+        taken = int(words["acked_word"], 16) >> number & 1
+        table.add_row(str(number), name, Text("took it", style="green") if taken else Text("-", style="dim"))
+    return table
+
+
+def enumerate_bits(word: str, names: Sequence[str]) -> list[tuple[int, str]]:
+    """(bit, name) pairs: the set bits of a word given in hexadecimal, lowest first, with their names in that order."""
+    value = int(word, 16)
+    return list(zip((bit for bit in range(64) if value >> bit & 1), names, strict=True))
+
+
+def rings(state: dict[str, Any]) -> Table:
+    """What happened on each queue."""
+    table = _table("queues", "queue", "size", "vector", *RING_COLUMNS, right=["size", "vector", *RING_COLUMNS])
+    for queue, ring in zip(state["queues"], state["rings"], strict=True):
+        vector = "INTx" if not state["header"]["msix"] else "none" if queue["vector"] == 0xFFFF else str(queue["vector"])
+        counts = [str(ring[key]) for key in RING_COLUMNS.values()]
+        table.add_row(f"{queue['index']} {queue['name']}", str(queue["size"]), vector, *counts)
+    return table
+
+
+def steps(done: Sequence[dict[str, Any]]) -> Table:
+    """What the guest and the host did."""
+    table = _table("what was done", "", "step", "")
+    for step in done:
+        table.add_row(_verdict(step["ok"]), step["what"], "" if step["ok"] else Text(step["output"][-500:], style="red"))
+    return table
+
+
+def demo(result: dict[str, Any]) -> None:
+    """Everything that the main job shows."""
+    out = console()
+    state = result["state"]
+    parts = [identity(result["identity"]), header(result["header"]), features(state), rings(state), steps(result["steps"])]
+    for table in parts:
+        out.print(table)
+        out.print()
+    status = ", ".join(state["status"])
+    out.print(f"driver's status: {status}; device configuration now at {state['header']['config_base']}")
+    verdict = "the guest's bytes are the host's bytes" if result["ok"] else "something above FAILED"
+    out.print(Text(verdict, style="bold green" if result["ok"] else "bold red"))
