@@ -1,0 +1,135 @@
+"""What every device model is: `virtio.device` asks it for features, queues and configuration, the data plane for work.
+
+A model is a subclass of `Model` with a few class attributes and its section of the configuration file as a msgspec
+struct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import msgspec
+
+from vpci.spec.config_field import ConfigField
+from vpci.spec.pci import Identity
+
+__all__ = ["Chain", "ConfigField", "Identity", "Model", "NoSection", "QueueSpec"]
+
+
+class QueueSpec(NamedTuple):
+    """One queue of a model: its name in the specification, and its number of entries (a power of two)."""
+
+    name: str
+    size: int
+
+
+class Chain(Protocol):
+    """One request, as a model in Python sees it."""
+
+    queue: int
+    head: int
+    writable: int
+
+    def read(self) -> bytes:
+        """All device-readable bytes."""
+
+    def complete(self, data: bytes = b"") -> None:
+        """Put `data` into the device-writable part (at most `writable` bytes) and give the chain back."""
+
+
+class NoSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The section of a model that has no keys."""
+
+
+class Model:
+    """Base of all models; class attributes say what it is, an instance is one configured device.
+
+    `features` are the bits this model offers (0..23, and 27 where it knows ANY_LAYOUT). `offered` is set by the
+    device to all 64 bits that the guest is shown: the model's, the dialect's, and those of features.offer, less
+    features.mask.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    identity: ClassVar[Identity]
+    Section: ClassVar[type[msgspec.Struct]] = NoSection
+    feature_bits: ClassVar[Mapping[str, int]] = {}
+    bad_features: ClassVar[int] = 0  # what a guest keeps that acks bit 30
+    config_fields: ClassVar[tuple[ConfigField, ...]] = ()
+    config_size: ClassVar[int] = 0
+    default_queue_size: ClassVar[int] = 256
+    # bits that [features] offer cannot switch on, and what to do instead
+    not_by_offer: ClassVar[Mapping[int, str]] = {}
+
+    def __init__(self, section: Any, queue_size: int | None = None, max_sg: int = 1024) -> None:
+        """`section` is an instance of `Section`; `queue_size` None = the model's own; `max_sg` is the longest chain."""
+        self.section = section
+        self.queue_size = queue_size or self.default_queue_size
+        self.max_sg = max_sg
+        self.offered = 0
+        self._written: dict[int, int] = {}  # configuration bytes that the guest wrote
+
+    @property
+    def features(self) -> int:
+        """The bits that the model offers by itself."""
+        return 0
+
+    @property
+    def n_vectors(self) -> int:
+        """MSI-X vectors that suffice: one for configuration and one for each queue, unless the model knows better."""
+        return 1 + len(self.queues())
+
+    def queues(self) -> list[QueueSpec]:
+        """The queues in order of their index."""
+        return [QueueSpec("requests", self.queue_size)]
+
+    def config_values(self) -> Mapping[str, int]:
+        """The configured values of the configuration's fields by name; a field that is missing is 0."""
+        return {}
+
+    def config_bytes(self) -> bytes:
+        """The device configuration as the guest reads it now; a field whose feature is not offered reads 0."""
+        image, values = bytearray(self.config_size), self.config_values()
+        for field in filter(self._is_offered, self.config_fields):
+            width = field.width // 8
+            image[field.offset : field.offset + width] = values.get(field.name, 0).to_bytes(width, "little")
+        for off, byte in self._written.items():
+            image[off] = byte
+        return bytes(image)
+
+    def config_write(self, off: int, data: bytes) -> None:
+        """A guest's write of any width; only bytes of writable, offered fields take it. One call for one access."""
+        writable = [field for field in self.config_fields if field.writable and self._is_offered(field)]
+        touched = [
+            field for field in writable if off < field.offset + field.width // 8 and field.offset < off + len(data)
+        ]
+        for field in touched:
+            for at in range(max(off, field.offset), min(off + len(data), field.offset + field.width // 8)):
+                self._written[at] = data[at - off]
+        if touched:
+            self.config_written(tuple(field.name for field in touched))
+
+    def _is_offered(self, field: ConfigField) -> bool:
+        return field.feature is None or bool(self.offered >> field.feature & 1)
+
+    def reset(self) -> None:
+        """Back to the configured state. A subclass that overrides it calls this one."""
+        self._written.clear()
+
+    def config_written(self, fields: tuple[str, ...]) -> None:
+        """Hook: one access of the guest changed these writable fields."""
+
+    def features_acked(self, features: int) -> None:
+        """Hook: G changed (64 bits). It may come at any time, also while queues run."""
+
+    def serve(self, chains: Sequence[Chain]) -> None:
+        """Hook of a model in Python: new chains of one queue, as a batch; each is to be completed, now or later."""
+        raise NotImplementedError(f"model {self.name} has neither an engine nor serve()")
+
+    def engine(self) -> object | None:
+        """Hook of a model served in C: what the data plane needs; None = `serve` gets the chains."""
+        return None
+
+    def close(self) -> None:
+        """Hook: give the backend back; the device is gone."""

@@ -1,0 +1,150 @@
+"""What serves a model's chains: the pump (vfu/server.py) asks for it once and hands it every chain of the model's queues.
+
+A model in C names a table of operations (csrc/api/engine.h); a model in Python is served by a thread that takes chains in
+batches from the handoff engine. The pump knows the table and never the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from typing import Any, Protocol
+
+from vpci._core import ffi, lib
+from vpci.models.base import Chain, Model
+
+log = logging.getLogger(__name__)
+
+BATCH = 64
+
+
+class Engine(Protocol):
+    """A table of operations and its state, as cffi pointers; both live until close()."""
+
+    ops: Any
+    state: Any
+
+    def start(self) -> None:
+        """The device is about to be served."""
+
+    def close(self) -> None:
+        """No chain is in flight and none will come."""
+
+    def stats(self) -> dict[str, int]:
+        """Counters in the specification's words."""
+
+
+class BlkEngine:
+    """The block engine on an open file: requests are parsed and served in C."""
+
+    def __init__(self, fd: int, sectors: int, read_only: bool, serial: str, n_queues: int, n_threads: int) -> None:
+        self.ops = lib.vpci_blk_engine()
+        self.state = lib.vpci_blk_new(fd, sectors, read_only, serial.encode("ascii"), n_queues, n_threads)
+        if self.state == ffi.NULL:
+            raise MemoryError("no memory or no threads for the block engine")
+
+    def start(self) -> None:
+        """Its threads are waiting already."""
+
+    def set_writeback(self, writeback: bool) -> None:
+        """The config field: False makes every write write-through."""
+        lib.vpci_blk_set_writeback(self.state, writeback)
+
+    def stats(self) -> dict[str, int]:
+        stats = ffi.new("vpci_blk_stats *")
+        lib.vpci_blk_read_stats(self.state, stats)
+        return {name: getattr(stats, name) for name, _ in ffi.typeof("vpci_blk_stats").fields}
+
+    def close(self) -> None:
+        if self.state != ffi.NULL:
+            lib.vpci_blk_free(self.state)
+            self.state = ffi.NULL
+
+
+class PythonChain:
+    """One request in the hands of a model in Python. Guest memory is touched only by read() and complete()."""
+
+    def __init__(self, chain: Any) -> None:
+        self._chain = chain
+        self.queue: int = chain.queue_index
+        self.head: int = chain.head
+        self.readable: int = chain.out_len
+        self.writable: int = chain.in_len
+
+    def read(self) -> bytes:
+        """All device-readable bytes."""
+        data = bytearray(self.readable)
+        got = lib.vpci_chain_read(self._held(), 0, ffi.from_buffer(data), len(data))
+        return bytes(data[:got])
+
+    def complete(self, data: bytes = b"") -> None:
+        """Put `data` into the device-writable part, cut to its size, and give the chain back. ValueError the second time."""
+        chain, self._chain = self._held(), None
+        written = lib.vpci_chain_write(chain, 0, data, len(data))
+        lib.vpci_chain_done(chain, written)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._chain is None
+
+    def _held(self) -> Any:
+        if self._chain is None:
+            raise ValueError(f"chain {self.head} of queue {self.queue} was completed before")
+        return self._chain
+
+
+class PythonEngine:
+    """Serves a model written in Python on a thread of its own: a model that sleeps holds up its own queues only."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.ops = lib.vpci_handoff_engine()
+        self.state = lib.vpci_handoff_new()
+        self.failures = 0
+        self._thread = threading.Thread(target=self._run, name=f"vpci-{model.name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        lib.vpci_handoff_close(self.state)
+        if self._thread.is_alive():
+            self._thread.join()
+        lib.vpci_handoff_free(self.state)
+        self.state = ffi.NULL
+
+    def stats(self) -> dict[str, int]:
+        return {"failures": self.failures}
+
+    def _run(self) -> None:
+        taken = ffi.new("vpci_chain *[]", BATCH)
+        while (count := lib.vpci_handoff_take(self.state, taken, BATCH, -1)) >= 0:
+            self._serve_batch([PythonChain(taken[index]) for index in range(count)])
+
+    def _serve_batch(self, chains: list[PythonChain]) -> None:
+        by_queue: dict[int, list[PythonChain]] = defaultdict(list)
+        for chain in chains:
+            by_queue[chain.queue].append(chain)
+        for batch in by_queue.values():
+            self._serve(batch)
+
+    def _serve(self, batch: list[PythonChain]) -> None:
+        """A model that raises loses the chains that it has not completed: they go back with length 0."""
+        typed: list[Chain] = list(batch)
+        try:
+            self.model.serve(typed)
+        except Exception:
+            self.failures += 1
+            log.exception(
+                "model %s failed on queue %d; its %d chains go back empty", self.model.name, batch[0].queue, len(batch)
+            )
+            for chain in batch:
+                if not chain.is_complete:
+                    chain.complete()
+
+
+def engine_of(model: Model) -> Engine:
+    """The engine that the model names, or the one that hands chains to its serve()."""
+    found: Any = model.engine()
+    return found if found is not None else PythonEngine(model)
