@@ -1,4 +1,4 @@
-"""The command line: one parser, and for each command the module of vpci.commands that does it, imported when it is called.
+"""The command line: one parser; the module of vpci.commands that does a command is imported when it is called.
 
 Exit status: 0 it worked, 1 it did not, 2 what was asked for was wrong (a configuration, an argument).
 """
@@ -10,34 +10,52 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from vpci import __version__
 from vpci.errors import ConfigError, LayoutError, VpciError
 
 DESCRIPTION = """\
-Serve a virtio PCI function to a VMM over vfio-user, with the register header of the 2011 draft, and exercise drivers with it.
+Serve a virtio PCI function to a VMM over vfio-user, with the register header of the 2011 draft.
 
 Start with `vpci config blk > blk.toml`, `vpci serve blk.toml`, and the arguments that `vpci qemu blk.toml` prints."""
 
-_CONFIG = ("config", {"metavar": "CONFIG", "help": "a TOML file; `vpci config MODEL` prints one with every key explained"})
-_CONFIGS = ("config", {"metavar": "CONFIG", "nargs": "+", "help": "one device each; `vpci config MODEL` prints a sample"})
-_SET = (
+Argument = tuple[str, dict[str, Any]]  # a flag or a place, and argparse's options for it
+
+_CONFIG: Argument = (
+    "config",
+    {"metavar": "CONFIG", "help": "a TOML file; `vpci config MODEL` prints one with every key explained"},
+)
+_CONFIGS: Argument = (
+    "config",
+    {"metavar": "CONFIG", "nargs": "+", "help": "one device each; `vpci config MODEL` prints a sample"},
+)
+_SET: Argument = (
     "--set",
     {
         "metavar": "KEY=VALUE",
         "action": "append",
         "default": [],
         "dest": "sets",
-        "help": "set a key of the configuration to a TOML value, as in --set pci.msix_vectors=0 --set 'features.offer=[45]'",
+        "help": "set a configuration key to a TOML value, as in --set pci.msix_vectors=0 --set 'features.offer=[45]'",
     },
 )
-_SOCKET = ("--socket", {"metavar": "PATH", "help": "the socket to listen on, instead of the configuration's"})
-_JSON = ("--json", {"action": "store_true", "help": "print JSON: one object a line for events, one object for a result"})
-_KERNEL = ("--kernel", {"metavar": "NAME", "default": "6.1", "help": "guest kernel: 6.1 (default), 6.12 or sid"})
-_MACHINE = ("--machine", {"choices": ("q35", "pc"), "default": "q35", "help": "QEMU's machine (default: q35)"})
+_SOCKET: Argument = ("--socket", {"metavar": "PATH", "help": "the socket to listen on, instead of the configuration's"})
+_JSON: Argument = (
+    "--json",
+    {"action": "store_true", "help": "print JSON: one object a line for events, one object for a result"},
+)
+_KERNEL: Argument = (
+    "--kernel",
+    {"metavar": "NAME", "default": "6.1", "help": "guest kernel: 6.1 (default), 6.12 or sid"},
+)
+_MACHINE: Argument = (
+    "--machine",
+    {"choices": ("q35", "pc"), "default": "q35", "help": "QEMU's machine (default: q35)"},
+)
 
 #: name -> (what it does, an example, its arguments). The command's module is vpci.commands.NAME.
-COMMANDS: dict[str, tuple[str, str, Sequence[tuple[str, dict[str, object]]]]] = {
+COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     "serve": (
         "serve the device until SIGINT or SIGTERM; one client at a time",
         "vpci serve configs/blk.toml --set blk.size=1G",
@@ -51,8 +69,21 @@ COMMANDS: dict[str, tuple[str, str, Sequence[tuple[str, dict[str, object]]]]] = 
             _KERNEL,
             _MACHINE,
             ("--memory", {"metavar": "MIB", "type": int, "default": 256, "help": "the guest's RAM (default: 256)"}),
-            ("--append", {"metavar": "WORDS", "default": "", "help": "more words for the kernel's command line, such as pci=nomsi"}),
-            ("--run", {"metavar": "COMMAND", "help": "run this in the guest, print its output, power off; its exit status is ours"}),
+            (
+                "--append",
+                {
+                    "metavar": "WORDS",
+                    "default": "",
+                    "help": "more words for the kernel's command line, such as pci=nomsi",
+                },
+            ),
+            (
+                "--run",
+                {
+                    "metavar": "COMMAND",
+                    "help": "run this in the guest, print its output, power off; its exit status is ours",
+                },
+            ),
             ("--interactive", {"action": "store_true", "help": "a shell in the guest on this terminal"}),
             _SET,
             _JSON,
@@ -62,7 +93,10 @@ COMMANDS: dict[str, tuple[str, str, Sequence[tuple[str, dict[str, object]]]]] = 
         "boot Linux on a scratch disk, use it, and show what the driver and the device did",
         "vpci demo",
         [
-            ("config", {"metavar": "CONFIG", "nargs": "?", "help": "another disk's configuration; its image is not used"}),
+            (
+                "config",
+                {"metavar": "CONFIG", "nargs": "?", "help": "another disk's configuration; its image is not used"},
+            ),
             _KERNEL,
             _MACHINE,
             _SET,
@@ -75,7 +109,15 @@ COMMANDS: dict[str, tuple[str, str, Sequence[tuple[str, dict[str, object]]]]] = 
         [
             _CONFIGS,
             _MACHINE,
-            ("--memory", {"metavar": "MIB", "type": int, "default": 256, "help": "the guest's RAM, which is shared (default: 256)"}),
+            (
+                "--memory",
+                {
+                    "metavar": "MIB",
+                    "type": int,
+                    "default": 256,
+                    "help": "the guest's RAM, which is shared (default: 256)",
+                },
+            ),
             _SOCKET,
             _SET,
             _JSON,
@@ -96,13 +138,17 @@ COMMANDS: dict[str, tuple[str, str, Sequence[tuple[str, dict[str, object]]]]] = 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="vpci", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="vpci", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     top.add_argument("--version", action="version", version=f"vpci {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (what, example, arguments) in COMMANDS.items():
-        sub = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=f"example: {example}")
+        sub = commands.add_parser(
+            name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=f"example: {example}"
+        )
         for flag, options in arguments:
-            sub.add_argument(flag, **options)  # type: ignore[arg-type]
+            sub.add_argument(flag, **options)
     return top
 
 

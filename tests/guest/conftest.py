@@ -1,9 +1,8 @@
-"""Fixtures of the guest tests: they boot real kernels in a real QEMU; what those need is brought into the cache once."""
+"""Fixtures of the guest tests: real kernels in a real QEMU, which are brought into the cache once."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,8 @@ class DiskGuest:
 
     def check_disk(self, at_mib: int = 0, n_mib: int = 4) -> None:
         """Write random data, fsync, drop the page cache, read back, compare; then the image on the host."""
-        write = f"dd if=/dev/urandom of=/data bs=1M count={n_mib} && dd if=/data of=/dev/vda bs=1M seek={at_mib} conv=fsync,notrunc"
+        make = f"dd if=/dev/urandom of=/data bs=1M count={n_mib}"
+        write = f"{make} && dd if=/data of=/dev/vda bs=1M seek={at_mib} conv=fsync,notrunc"
         back = f"echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vda of=/back bs=1M skip={at_mib} count={n_mib}"
         self.guest.check(f"({write} && {back} && cmp /data /back) 2>&1")
         digest = self.guest.check("sha256sum /data").text.split()[0]
@@ -50,14 +50,14 @@ class DiskGuest:
         for line in self.guest.check("grep virtio /proc/interrupts").text.splitlines():
             words = line.split()
             counts = [int(word) for word in words[1:] if word.isdigit()]
-            found[" ".join(words[1 + len(counts):])] = sum(counts)
+            found[" ".join(words[1 + len(counts) :])] = sum(counts)
         return found
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Iterator[Path]:
+def image(tmp_path: Path) -> Path:
     """A sparse image of 64 MiB."""
     path = tmp_path / "disk.img"
     with path.open("wb") as file:
         file.truncate(64 * MIB)
-    yield path
+    return path

@@ -32,7 +32,9 @@ def served_guest(server: Served, image: Path, **options: object) -> DiskGuest:
 
 @pytest.mark.parametrize("kernel", ["6.1", "sid"])
 @pytest.mark.parametrize("interrupts", ["msix", "intx"])
-def test_linux_reads_back_what_it_wrote(kernel: str, interrupts: str, config: Path, image: Path, tmp_path: Path) -> None:
+def test_linux_reads_back_what_it_wrote(
+    kernel: str, interrupts: str, config: Path, image: Path, tmp_path: Path
+) -> None:
     """Cases S01, S02: the data is equal in the guest and in the image, and the interrupts are of the kind asked for."""
     sets = ["pci.msix_vectors=0"] if interrupts == "intx" else []
     with serving(config, sets, cwd=tmp_path) as server:
@@ -59,11 +61,13 @@ def test_linux_makes_and_mounts_a_file_system(config: Path, image: Path, tmp_pat
         with run.guest:
             run.guest.check("(mke2fs -F /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt) 2>&1")
             run.guest.check("dd if=/dev/urandom of=/data bs=1M count=8 2>&1 && cp /data /mnt/file && umount /mnt")
-            run.guest.check("echo 3 > /proc/sys/vm/drop_caches; mount /dev/vda /mnt && cmp /data /mnt/file && umount /mnt")
+            run.guest.check(
+                "echo 3 > /proc/sys/vm/drop_caches; mount /dev/vda /mnt && cmp /data /mnt/file && umount /mnt"
+            )
 
 
 def test_linux_negotiates_what_the_draft_and_linux_share(config: Path, image: Path, tmp_path: Path) -> None:
-    """Case S01: Linux acks 28 and 29 of the transport's bits, and neither 24, 30 nor 31, so the high words stay away."""
+    """Case S01: of the transport's bits Linux acks 28 and 29, not 24, 30 or 31: the high words stay away."""
     with serving(config, cwd=tmp_path) as server:
         run = served_guest(server, image)
         with run.guest:
@@ -100,7 +104,9 @@ def test_two_qemus_one_after_the_other_use_one_server(config: Path, image: Path,
                 run.guest.poweroff()
 
 
-def test_a_qemu_killed_in_the_middle_of_io_leaves_the_server_for_the_next(config: Path, image: Path, tmp_path: Path) -> None:
+def test_a_qemu_killed_in_the_middle_of_io_leaves_the_server_for_the_next(
+    config: Path, image: Path, tmp_path: Path
+) -> None:
     with serving(config, cwd=tmp_path) as server:
         run = served_guest(server, image)
         with run.guest:
@@ -124,7 +130,9 @@ def test_a_reset_in_the_middle_of_io_boots_again(config: Path, image: Path, tmp_
             run.check_disk()
 
 
-def test_sigterm_with_a_guest_attached_says_that_the_guest_loses_its_disk(config: Path, image: Path, tmp_path: Path) -> None:
+def test_sigterm_with_a_guest_attached_says_that_the_guest_loses_its_disk(
+    config: Path, image: Path, tmp_path: Path
+) -> None:
     with serving(config, cwd=tmp_path) as server:
         run = served_guest(server, image)
         with run.guest:
@@ -138,7 +146,8 @@ def test_unbinding_and_binding_the_driver_works_each_time(config: Path, image: P
     again = (
         "for n in 1 2 3 4 5 6 7 8 9 10; do "
         "echo virtio0 > /sys/bus/virtio/drivers/virtio_blk/unbind && "
-        "echo virtio0 > /sys/bus/virtio/drivers/virtio_blk/bind && dd if=/dev/vda of=/dev/null bs=64k count=4 || exit 1; done"
+        "echo virtio0 > /sys/bus/virtio/drivers/virtio_blk/bind && "
+        "dd if=/dev/vda of=/dev/null bs=64k count=4 || exit 1; done"
     )
     with serving(config, cwd=tmp_path) as server:
         run = served_guest(server, image)

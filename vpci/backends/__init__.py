@@ -24,6 +24,9 @@ class Disk(Protocol):
     def sectors(self) -> int:
         """Size in sectors of 512 bytes."""
 
+    def flush(self) -> None:
+        """Make what was written durable. BackendError if that fails."""
+
     def close(self) -> None:
         """Give the fd and every lock back."""
 

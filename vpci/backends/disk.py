@@ -44,6 +44,13 @@ class FileDisk:
         """Size in sectors of 512 bytes."""
         return self.size_bytes // SECTOR_SIZE
 
+    def flush(self) -> None:
+        """Everything that was written is on stable storage when this returns. BackendError if it cannot be."""
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise _failed(self.path, "flush", error) from error
+
     def close(self) -> None:
         """Close the file, and with it the lock; a second call does nothing."""
         if self.fd >= 0:

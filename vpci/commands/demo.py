@@ -1,7 +1,7 @@
 """`vpci demo`: what `vpci guest` does, with a scratch disk, a short script for the guest, and everything shown.
 
-It writes random data through the kernel's own driver, reads it back past the page cache, makes and mounts a file system,
-and then compares the host's image with what the guest saw.
+It writes random data through the kernel's own driver, reads it back past the page cache, makes and mounts a file
+system, and then compares the host's image with what the guest saw.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ MIB = 1 << 20
 RAW_MIB, RAW_AT_MIB, FS_KIB = 4, 32, 16384
 EXT_MAGIC_AT, EXT_MAGIC = 1080, b"\x53\xef"
 
-STEPS: tuple[tuple[str, str], ...] = (
-    ("write, fsync", f"dd if=/dev/urandom of=/data bs=1M count={RAW_MIB} && "
-                     f"dd if=/data of=/dev/vda bs=1M seek={RAW_AT_MIB} conv=fsync,notrunc"),
-    ("drop caches, read back, compare", "echo 3 > /proc/sys/vm/drop_caches && "
-                                        f"dd if=/dev/vda of=/back bs=1M skip={RAW_AT_MIB} count={RAW_MIB} && cmp /data /back"),
-    ("make a file system, mount it", f"mke2fs -F /dev/vda {FS_KIB} && mkdir -p /mnt && mount /dev/vda /mnt"),
-    ("a file in it, unmount, mount, compare", "cp /data /mnt/file && umount /mnt && echo 3 > /proc/sys/vm/drop_caches && "
-                                              "mount /dev/vda /mnt && cmp /data /mnt/file && umount /mnt"),
-)
+STEPS: dict[str, str] = {
+    "write, fsync": f"""
+        dd if=/dev/urandom of=/data bs=1M count={RAW_MIB} &&
+        dd if=/data of=/dev/vda bs=1M seek={RAW_AT_MIB} conv=fsync,notrunc""",
+    "drop caches, read back, compare": f"""
+        echo 3 > /proc/sys/vm/drop_caches &&
+        dd if=/dev/vda of=/back bs=1M skip={RAW_AT_MIB} count={RAW_MIB} && cmp /data /back""",
+    "make a file system, mount it": f"""
+        mke2fs -F /dev/vda {FS_KIB} && mkdir -p /mnt && mount /dev/vda /mnt""",
+    "a file in it, unmount, mount, compare": """
+        cp /data /mnt/file && umount /mnt && echo 3 > /proc/sys/vm/drop_caches &&
+        mount /dev/vda /mnt && cmp /data /mnt/file && umount /mnt""",
+}
 
 
 class Step(NamedTuple):
@@ -64,13 +68,20 @@ def _run(args: argparse.Namespace, folder: Path, out: Output) -> dict[str, Any]:
     config = configuration.load(_config_file(args.config, folder), sets)
     with served([config], out) as (server,):
         with booted([server], out, kernel=args.kernel, machine=args.machine) as guest:
-            steps = [_step(guest, what, command) for what, command in STEPS]
-            seen = {"identity": _identity(guest), "digest": _digest(guest), "state": server.state()}
+            steps = [_step(guest, what, command) for what, command in STEPS.items()]
+            digest = _digest(guest)
+            seen = {"identity": _identity(guest), "digest": digest, "state": server.state()}
             guest.poweroff()
         header = _header(server.device)
-    steps.append(_compare(image, seen["digest"]))
-    return {"ok": all(step.ok for step in steps), "kernel": args.kernel, "config": config.file, "header": header,
-            "steps": [step._asdict() for step in steps], **seen}
+    steps.append(_compare(image, digest))
+    return {
+        "ok": all(step.ok for step in steps),
+        "kernel": args.kernel,
+        "config": config.file,
+        "header": header,
+        "steps": [step._asdict() for step in steps],
+        **seen,
+    }
 
 
 def _config_file(given: str | None, folder: Path) -> str:
@@ -91,9 +102,13 @@ def _identity(guest: Guest) -> dict[str, str]:
     """What the guest's kernel says of the function and its disk."""
     names = ("vendor", "device", "subsystem_device", "class", "revision", "irq")
     device = "/sys/block/vda/device/.."
-    text = guest.check(f"cd -P {device} && basename $PWD && cat {' '.join(names)} && cat /sys/block/vda/serial; echo; "
-                       "uname -r; grep -c virtio /proc/interrupts || true").text.split("\n")
-    return dict(zip(("address", *names, "serial", "kernel", "interrupt lines"), (line.strip() for line in text), strict=False))
+    text = guest.check(
+        f"cd -P {device} && basename $PWD && cat {' '.join(names)} && cat /sys/block/vda/serial; echo; "
+        "uname -r; grep -c virtio /proc/interrupts || true"
+    ).text.split("\n")
+    return dict(
+        zip(("address", *names, "serial", "kernel", "interrupt lines"), (line.strip() for line in text), strict=False)
+    )
 
 
 def _digest(guest: Guest) -> str:
@@ -104,7 +119,10 @@ def _header(device: Any) -> dict[str, list[dict[str, Any]]]:
     """The registers as the driver finds them, before and after it enables MSI-X."""
     place = device.settings.hi_place
     return {
-        name: [{"name": field.name, "offset": field.offset, "width": field.width, "access": field.access.value} for field in fields]
+        name: [
+            {"name": field.name, "offset": field.offset, "width": field.width, "access": field.access.value}
+            for field in fields
+        ]
         for name, fields in (
             ("MSI-X off", device.layout.resolve(False, False, place).fields),
             ("MSI-X on", device.layout.resolve(True, False, place).fields),

@@ -32,7 +32,9 @@ def _run(guest: Guest, command: str, servers: Sequence[Server], out: Output) -> 
     result = guest.run(command, timeout=3600)
     if out.as_json:
         states = [server.state() for server in servers]
-        out.event("ran", f"{command!r} ended with {result.status}", status=result.status, output=result.text, states=states)
+        out.event(
+            "ran", f"{command!r} ended with {result.status}", status=result.status, output=result.text, states=states
+        )
     else:
         sys.stdout.buffer.write(result.output)
         sys.stdout.flush()

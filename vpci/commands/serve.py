@@ -1,4 +1,4 @@
-"""`vpci serve`: makes the device that a configuration describes and serves it until a signal; hands all work to vfu.server."""
+"""`vpci serve`: makes the device that a configuration describes, and lets vfu.server serve it until a signal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def stop(server: Server, out: Output, why: str, guest_runs: bool = True) -> int:
     state = server.state()
     if pid and guest_runs:
         out.event("client_loses", f"{why}: client {pid} is attached: its guest loses this device now", pid=pid)
-    drained = server.stop()
-    text = "drained and flushed" if drained else "work in flight is stuck in the backend and is lost"
-    out.event("stopped", f"{why}: {text}", drained=drained, state=state)
-    return 0 if drained else 1
+    lost = server.stop()
+    out.event("stopped", f"{why}: {lost or 'drained and flushed'}", drained=not lost, lost=lost, state=state)
+    return 1 if lost else 0

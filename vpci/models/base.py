@@ -131,5 +131,8 @@ class Model:
         """Hook of a model served in C: what the data plane needs; None = `serve` gets the chains."""
         return None
 
+    def flush(self) -> None:
+        """Hook: no request is in flight; make what was written durable. BackendError if that fails."""
+
     def close(self) -> None:
         """Hook: give the backend back; the device is gone."""

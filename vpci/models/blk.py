@@ -112,6 +112,10 @@ class BlkModel(Model):
         section, disk = self.section, self.disk
         return BlkEngine(disk.fd, disk.sectors, disk.read_only, section.serial, section.num_queues, ENGINE_THREADS)
 
+    def flush(self) -> None:
+        if not self.disk.read_only:
+            self.disk.flush()
+
     def close(self) -> None:
         self.disk.close()
 

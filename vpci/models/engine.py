@@ -1,7 +1,7 @@
-"""What serves a model's chains: the pump (vfu/server.py) asks for it once and hands it every chain of the model's queues.
+"""What serves a model's chains: vfu/server.py asks for it once, and the pump hands it every chain of the queues.
 
-A model in C names a table of operations (csrc/api/engine.h); a model in Python is served by a thread that takes chains in
-batches from the handoff engine. The pump knows the table and never the model.
+A model in C names a table of operations (csrc/api/engine.h); a model in Python is served by a thread that takes
+chains in batches from the handoff engine. The pump knows the table and never the model.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class PythonChain:
         return bytes(data[:got])
 
     def complete(self, data: bytes = b"") -> None:
-        """Put `data` into the device-writable part, cut to its size, and give the chain back. ValueError the second time."""
+        """Put `data` into the writable part, cut to its size, and give the chain back. ValueError the second time."""
         chain, self._chain = self._held(), None
         written = lib.vpci_chain_write(chain, 0, data, len(data))
         lib.vpci_chain_done(chain, written)

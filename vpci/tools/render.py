@@ -28,10 +28,19 @@ def console() -> Console:
 
 
 def _table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.title = title  # printed by show(), on a line of its own: rich would fold it to the table's width
     for column in columns:
         table.add_column(column, justify="right" if column in set(right) else "left", overflow="fold")
     return table
+
+
+def show(out: Console, table: Table) -> None:
+    """A table under its title."""
+    title, table.title = str(table.title), None
+    out.print(Text(title, style="bold"))
+    out.print(table)
+    out.print()
 
 
 def _verdict(ok: bool) -> Text:
@@ -44,7 +53,7 @@ def checks(found: Sequence[Check]) -> None:
     for check in found:
         mark = Text("ok", style="green") if check.ok else Text("missing", style="yellow")
         table.add_row(mark, check.name, check.found, check.hint)
-    console().print(table)
+    show(console(), table)
 
 
 def identity(facts: dict[str, str]) -> Table:
@@ -96,7 +105,9 @@ def rings(state: dict[str, Any]) -> Table:
     """What happened on each queue."""
     table = _table("queues", "queue", "size", "vector", *RING_COLUMNS, right=["size", "vector", *RING_COLUMNS])
     for queue, ring in zip(state["queues"], state["rings"], strict=True):
-        vector = "INTx" if not state["header"]["msix"] else "none" if queue["vector"] == 0xFFFF else str(queue["vector"])
+        vector = (
+            "INTx" if not state["header"]["msix"] else "none" if queue["vector"] == 0xFFFF else str(queue["vector"])
+        )
         counts = [str(ring[key]) for key in RING_COLUMNS.values()]
         table.add_row(f"{queue['index']} {queue['name']}", str(queue["size"]), vector, *counts)
     return table
@@ -106,7 +117,9 @@ def steps(done: Sequence[dict[str, Any]]) -> Table:
     """What the guest and the host did."""
     table = _table("what was done", "", "step", "")
     for step in done:
-        table.add_row(_verdict(step["ok"]), step["what"], "" if step["ok"] else Text(step["output"][-500:], style="red"))
+        table.add_row(
+            _verdict(step["ok"]), step["what"], "" if step["ok"] else Text(step["output"][-500:], style="red")
+        )
     return table
 
 
@@ -114,10 +127,15 @@ def demo(result: dict[str, Any]) -> None:
     """Everything that the main job shows."""
     out = console()
     state = result["state"]
-    parts = [identity(result["identity"]), header(result["header"]), features(state), rings(state), steps(result["steps"])]
+    parts = [
+        identity(result["identity"]),
+        header(result["header"]),
+        features(state),
+        rings(state),
+        steps(result["steps"]),
+    ]
     for table in parts:
-        out.print(table)
-        out.print()
+        show(out, table)
     status = ", ".join(state["status"])
     out.print(f"driver's status: {status}; device configuration now at {state['header']['config_base']}")
     verdict = "the guest's bytes are the host's bytes" if result["ok"] else "something above FAILED"

@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -113,9 +114,7 @@ class Client:
         self._in_fds: list[int] = []
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.socket.settimeout(timeout)
-            self.socket.connect(os.fspath(path))
-            self.socket.setblocking(False)
+            self._connect(os.fspath(path), timeout)
             if handshake:
                 self.version(CAPABILITIES if capabilities is None else capabilities)
         except BaseException:
@@ -306,8 +305,18 @@ class Client:
 
     # -- inside ---------------------------------------------------------------------------------------------
 
-    def _info(self, command: int, struct: str, **fields: int) -> Any:
-        return wire.unpack(struct, self.request(command, wire.pack(struct, argsz=wire.sizeof(struct), **fields)))
+    def _connect(self, path: str, timeout: float) -> None:
+        """A non-blocking connect fails when the server's backlog is full; a blocking one with a limit waits for room."""
+        limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        try:
+            self.socket.connect(path)
+        except BlockingIOError:  # how Linux reports that SO_SNDTIMEO has passed
+            raise ServerTimeout(f"{path}: the server did not accept within {timeout} s") from None
+        self.socket.setblocking(False)
+
+    def _info(self, command: int, name: str, **fields: int) -> Any:
+        return wire.unpack(name, self.request(command, wire.pack(name, argsz=wire.sizeof(name), **fields)))
 
     def _deadline(self, timeout: float | None = None) -> float:
         return time.monotonic() + (self.timeout if timeout is None else timeout)

@@ -1,7 +1,7 @@
 """What happened, for people and for scripts: server.py hands it the pump's notes, it gives back one Report each.
 
-A Report is a line of text and the same facts as data; `--json` prints the data. The texts say what was got, what was wanted,
-and what to do.
+A Report is a line of text and the same facts as data; `--json` prints the data. The texts say what was got, what was
+wanted, and what to do.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def _refused(event: Any) -> Report:
 
 def _ring_error(event: Any) -> Report:
     name, rule = RING_RULES[event.a]
-    text = f"queue {event.queue}, head {event.b}, address {event.c:#x}: {rule.format(addr=event.c)}; queue stopped until reset"
+    place = f"queue {event.queue}, head {event.b}, address {event.c:#x}"
+    text = f"{place}: {rule.format(addr=event.c)}; queue stopped until reset"
     facts = {"queue": event.queue, "head": event.b, "address": event.c, "rule": name}
     return Report("ring_error", text, facts)
 
@@ -88,7 +89,9 @@ def _region_fault(detail: int) -> str:
 
 def _protocol(event: Any) -> Report:
     fault = _STREAM_FAULTS[event.a].format(b=event.b)
-    return Report("protocol_error", f"client {event.pid}: {fault}; connection closed", {"pid": event.pid, "fault": fault})
+    return Report(
+        "protocol_error", f"client {event.pid}: {fault}; connection closed", {"pid": event.pid, "fault": fault}
+    )
 
 
 def _cancel(event: Any) -> Report:

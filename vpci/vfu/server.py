@@ -1,4 +1,4 @@
-"""The vfio-user server of one device: `cli` starts it; the C pump owns the socket and hands messages up, session.py answers.
+"""The vfio-user server of one device: `cli` starts it; the C pump hands messages up, session.py answers them.
 
 Python's half is one thread a device: it waits for the pump's events, answers messages, and tells the rest as reports.
 """
@@ -43,7 +43,12 @@ class Server:
     """
 
     def __init__(
-        self, function: Function, device: Device, model: Model, path: str, report: Callable[[Report], None] = lambda _: None
+        self,
+        function: Function,
+        device: Device,
+        model: Model,
+        path: str,
+        report: Callable[[Report], None] = lambda _: None,
     ) -> None:
         self.function, self.device, self.model = function, device, model
         self.path = os.path.abspath(path)
@@ -60,7 +65,7 @@ class Server:
         function.set_intx_level(lambda: bool(self._dev_stats().intx_level))
         function.set_pending(self._pending)
 
-    # -- life ---------------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Listen and serve. Raises BackendError when the socket's path cannot be had."""
@@ -74,19 +79,28 @@ class Server:
             raise BackendError(self.path, -result, "cannot start the pump thread")
         self._thread.start()
 
-    def stop(self) -> bool:
-        """Drain, end the client's connection, stop listening. True when all work in flight was finished."""
+    def stop(self) -> str:
+        """Drain, end the client's connection, stop listening, flush. Returns what was lost: nothing, or a sentence."""
         if self._thread.is_alive():
             lib.vpci_dev_stop(self._dev)
             self._thread.join()
-        drained = not any(queue["in_flight"] for queue in self.queue_stats())
         self._close_listener()
-        if drained:
-            self.engine.close()
-            lib.vpci_dev_free(self._dev)
-            self._dev = ffi.NULL
+        in_flight = sum(queue["in_flight"] for queue in self.queue_stats())
+        if in_flight:
+            return f"{in_flight} requests are stuck in the backend and are lost"
+        self.engine.close()
+        dev, self._dev = self._dev, ffi.NULL
+        lib.vpci_dev_free(dev)
+        return self._close_model()
+
+    def _close_model(self) -> str:
+        try:
+            self.model.flush()
+        except BackendError as error:
+            return f"what was written last may be lost: {error}"
+        finally:
             self.model.close()
-        return drained
+        return ""
 
     def _close_listener(self) -> None:
         if self._listener:
@@ -94,7 +108,13 @@ class Server:
             self._listener = None
             _unlink(self.path)
 
-    # -- state ----------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _core(self) -> Any:
+        if self._dev == ffi.NULL:
+            raise RuntimeError(f"the server of {self.path} was stopped")
+        return self._dev
 
     @property
     def client_pid(self) -> int:
@@ -116,18 +136,18 @@ class Server:
         stats = ffi.new("vpci_queue_stats *")
         found = []
         for index, _ in enumerate(self.device.queues):
-            lib.vpci_dev_queue_stats(self._dev, index, stats)
+            lib.vpci_dev_queue_stats(self._core, index, stats)
             found.append(_as_dict("vpci_queue_stats", stats))
         return found
 
     def _dev_stats(self) -> Any:
         stats = ffi.new("vpci_dev_stats *")
-        lib.vpci_dev_read_stats(self._dev, stats)
+        lib.vpci_dev_read_stats(self._core, stats)
         return stats
 
     def _pending(self) -> int:
         buf = bytearray(-(-self.function.n_vectors // 8))
-        lib.vpci_dev_pending(self._dev, ffi.from_buffer(buf), len(buf))
+        lib.vpci_dev_pending(self._core, ffi.from_buffer(buf), len(buf))
         return int.from_bytes(buf, "little")
 
     def _setup(self) -> Any:
@@ -143,7 +163,7 @@ class Server:
         self._keep_alive = queues
         return setup
 
-    # -- events -----------------------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         event = ffi.new("vpci_event *")
@@ -177,7 +197,7 @@ class Server:
     def _tell(self, report: Report) -> None:
         self.report(report)
 
-    # -- to the pump ------------------------------------------------------------------------------------------------------
+    # -- to the pump -------------------------------------------------------------------------------------------------
 
     def config_changed(self) -> None:
         """The model changed its configuration bytes: the driver is told, the bytes first."""
@@ -216,7 +236,13 @@ def _encode_rows(rows: Sequence[HotRow]) -> Any:
     return ffi.new(
         "vpci_hot_row[]",
         [
-            (row.offset + at, len(piece), _READ_KINDS[row.read], _WRITE_KINDS[row.write], int.from_bytes(piece, "little"))
+            (
+                row.offset + at,
+                len(piece),
+                _READ_KINDS[row.read],
+                _WRITE_KINDS[row.write],
+                int.from_bytes(piece, "little"),
+            )
             for row in rows
             for at in range(0, row.width, _ROW_BYTES)
             if (piece := row.value[at : at + _ROW_BYTES])
@@ -230,7 +256,9 @@ def _as_dict(struct: str, value: Any) -> dict[str, int]:
 
 def _refusal(event: Any, error: ClientError) -> Report:
     text = f"client {event.pid}: {error}; answered {errno.errorcode.get(error.errno, error.errno)}"
-    return Report("refused", text, {"pid": event.pid, "message": error.message, "field": error.field, "errno": error.errno})
+    return Report(
+        "refused", text, {"pid": event.pid, "message": error.message, "field": error.field, "errno": error.errno}
+    )
 
 
 _ON_EVENT: dict[int, Callable[[Server, Any], None]] = {
@@ -253,7 +281,9 @@ def listen(path: str) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise BackendError(path, error.errno or 0, f"cannot listen on the socket ({error.strerror or error})") from error
+        raise BackendError(
+            path, error.errno or 0, f"cannot listen on the socket ({error.strerror or error})"
+        ) from error
     except BaseException:
         listener.close()
         raise
@@ -268,7 +298,9 @@ def _remove_stale(path: str) -> None:
     if result == 0:
         raise BackendError(path, errno.EADDRINUSE, "a live server listens there; stop it, or use another --socket")
     if not os.path.exists(path) or not _is_socket(path):
-        raise BackendError(path, errno.EEXIST, "there is something that is no socket; remove it, or use another --socket")
+        raise BackendError(
+            path, errno.EEXIST, "there is something that is no socket; remove it, or use another --socket"
+        )
     os.unlink(path)
 
 

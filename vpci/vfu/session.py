@@ -1,7 +1,7 @@
 """One client's conversation, as far as Python answers it: server.py hands it a message, it asks the PCI function.
 
-What it returns is bytes and effects; it does no I/O. Kicks, ISR, memory and SET_IRQS never come here: the C pump answers
-them. Source: [vfio-user].
+What it returns is bytes and effects; it does no I/O. Kicks, ISR, memory and SET_IRQS never come here: the C pump
+answers them. Source: [vfio-user].
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ class Session:
         _check_index("DEVICE_GET_IRQ_INFO", asked.index, lib.VFU_IRQ_INDICES)
         count = self.function.irq_counts[asked.index]
         flags = IRQ_FLAGS.get(asked.index, 0) if count else 0
-        return wire.pack(
-            "vfu_irq_info", argsz=wire.sizeof("vfu_irq_info"), index=asked.index, count=count, flags=flags
-        )
+        return wire.pack("vfu_irq_info", argsz=wire.sizeof("vfu_irq_info"), index=asked.index, count=count, flags=flags)
 
     def _region_read(self, payload: bytes, _fx: Effects) -> bytes:
         access = wire.unpack("vfu_region_access", payload)
