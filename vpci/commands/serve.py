@@ -17,8 +17,8 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. 0 when all work was finished and flushed."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread is made: all inherit it
     out = Output(args.json)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     config = configuration.load(args.config, args.sets)
     server = make_server(config, args.socket, out)
     server.start()

@@ -13,7 +13,7 @@ void conn_open(struct conn *c, int fd, uint32_t pid)
 {
     c->fd = fd;
     c->pid = pid;
-    c->versioned = c->gone = false;
+    c->versioned = c->hung_up = c->gone = false;
     c->rx_at = c->rx_end = c->tx_at = c->tx_end = 0;
     c->position = 0;
     c->armed = 0;

@@ -58,6 +58,8 @@ struct vpci_piece {
 };
 
 bool vpci_mem_piece(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm, struct vpci_piece *piece);
+/* Is every byte of the span mapped with that right? */
+bool vpci_mem_whole(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm);
 struct vpci_range *vpci_mem_exact(vpci_mem *mem, uint64_t gpa, uint64_t size);
 struct vpci_range *vpci_mem_nth(vpci_mem *mem, size_t n);
 void vpci_mem_clear(vpci_mem *mem);
@@ -131,7 +133,7 @@ int vpci_irq_init(struct vpci_irq *irq, const uint32_t counts[VFU_IRQ_INDICES]);
 void vpci_irq_fini(struct vpci_irq *irq);
 /* Returns whether anybody could hear it: false with NO_VECTOR. */
 bool vpci_irq_raise(struct vpci_irq *irq, uint16_t vector, uint32_t isr_bit);
-void vpci_irq_read_level(struct vpci_irq *irq, uint32_t *isr, uint32_t *level);
+void vpci_irq_read_status(struct vpci_irq *irq, uint32_t *isr, uint32_t *status);
 uint32_t vpci_irq_pending(struct vpci_irq *irq, uint8_t *buf, uint32_t len);
 uint32_t vpci_irq_read_isr(struct vpci_irq *irq);
 void vpci_irq_clear(struct vpci_irq *irq);

@@ -278,11 +278,12 @@ void vpci_irq_fini(struct vpci_irq *irq)
     pthread_mutex_destroy(&irq->lock);
 }
 
-void vpci_irq_read_level(struct vpci_irq *irq, uint32_t *isr, uint32_t *level)
+/* PCI's Interrupt Status tells of the interrupt whether Interrupt Disable lets it out or not. */
+void vpci_irq_read_status(struct vpci_irq *irq, uint32_t *isr, uint32_t *status)
 {
     pthread_mutex_lock(&irq->lock);
     *isr = __atomic_load_n(&irq->isr, __ATOMIC_SEQ_CST);
-    *level = intx_level(irq);
+    *status = !irq->msix && *isr;
     pthread_mutex_unlock(&irq->lock);
 }
 

@@ -219,7 +219,7 @@ int vpci_mem_unmap(vpci_mem *mem, uint64_t gpa, uint64_t size)
     return 0;
 }
 
-static bool is_whole(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm)
+bool vpci_mem_whole(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm)
 {
     struct vpci_piece p;
     if (len && gpa + len - 1 < gpa)
@@ -233,7 +233,7 @@ static bool is_whole(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm)
 int vpci_mem_read(vpci_mem *mem, uint64_t gpa, void *buf, uint64_t len)
 {
     struct vpci_piece p;
-    if (!is_whole(mem, gpa, len, VPCI_MEM_READ))
+    if (!vpci_mem_whole(mem, gpa, len, VPCI_MEM_READ))
         return -EFAULT;
     for (uint8_t *to = buf; len; gpa += p.len, to += p.len, len -= p.len) {
         vpci_mem_piece(mem, gpa, len, VPCI_MEM_READ, &p);
@@ -245,7 +245,7 @@ int vpci_mem_read(vpci_mem *mem, uint64_t gpa, void *buf, uint64_t len)
 int vpci_mem_write(vpci_mem *mem, uint64_t gpa, const void *buf, uint64_t len)
 {
     struct vpci_piece p;
-    if (!is_whole(mem, gpa, len, VPCI_MEM_WRITE))
+    if (!vpci_mem_whole(mem, gpa, len, VPCI_MEM_WRITE))
         return -EFAULT;
     for (const uint8_t *from = buf; len; gpa += p.len, from += p.len, len -= p.len) {
         vpci_mem_piece(mem, gpa, len, VPCI_MEM_WRITE, &p);

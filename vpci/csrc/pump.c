@@ -4,6 +4,7 @@
  * Work goes down to messages.c and to the engines; finished chains come back through mailbox.c. */
 #include "pump.h"
 
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -431,8 +432,19 @@ static void refuse_client(struct vpci_dev *dev, int fd)
     close(fd);
 }
 
+static bool has_hung_up(int fd)
+{
+    struct pollfd p = {.fd = fd};
+    return poll(&p, 1, 0) > 0 && p.revents & POLLHUP;
+}
+
+/* A client that comes right after another went is not a second one: it waits in the backlog until the first one's
+ * end, whose event may come later than its own, is dealt with. */
 static void accept_client(struct vpci_dev *dev)
 {
+    dev->conn.hung_up = dev->conn.fd >= 0 && has_hung_up(dev->conn.fd);
+    if (dev->conn.hung_up)
+        return;
     int fd = accept4(dev->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd < 0)
         return;
@@ -489,7 +501,7 @@ static void end_connection(struct vpci_dev *dev)
 static void arm(struct vpci_dev *dev)
 {
     struct conn *c = &dev->conn;
-    bool accepting = c->fd >= 0 || dev->op == OP_NONE;
+    bool accepting = c->fd >= 0 ? !c->hung_up && !c->gone : dev->op == OP_NONE;
     if (accepting != dev->accepting) {
         struct epoll_event ev = {.events = accepting ? EPOLLIN : 0, .data.fd = dev->listen_fd};
         epoll_ctl(dev->epoll_fd, EPOLL_CTL_MOD, dev->listen_fd, &ev);
@@ -534,11 +546,15 @@ static void take_mail(struct vpci_dev *dev)
 {
     struct order *orders;
     vpci_chain *done;
-    bool stop;
-    mailbox_collect(&dev->box, &orders, &done, &stop);
+    mailbox_collect(&dev->box, &orders, &done, &dev->stop);
     finish_chains(dev, done);
     take_orders(dev, orders);
-    if (stop && dev->op == OP_NONE)
+}
+
+/* The wish to stop waits its turn: the operation of a message comes to its end first. */
+static void begin_stopping(struct vpci_dev *dev)
+{
+    if (dev->stop && dev->op == OP_NONE)
         pump_begin(dev, OP_STOPPING);
 }
 
@@ -549,6 +565,7 @@ static bool turn(struct vpci_dev *dev)
     watch_the_clock(dev);
     while (op_is_ready(dev))
         op_finish(dev);
+    begin_stopping(dev);
     execute_messages(dev);
     conn_send(&dev->conn);
     bool more = look_at_rings(dev);
@@ -664,7 +681,7 @@ void vpci_dev_read_stats(vpci_dev *dev, vpci_dev_stats *stats)
     pthread_mutex_lock(&dev->awake);
     *stats = dev->stats;
     pthread_mutex_unlock(&dev->awake);
-    vpci_irq_read_level(&dev->irq, &stats->isr, &stats->intx_level);
+    vpci_irq_read_status(&dev->irq, &stats->isr, &stats->intx_status);
     pthread_mutex_lock(&dev->box.lock);
     stats->lost_notes = dev->box.lost_notes;
     pthread_mutex_unlock(&dev->box.lock);

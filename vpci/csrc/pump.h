@@ -19,6 +19,7 @@ struct conn {
     int fd;                 /* -1: no client */
     uint32_t pid;
     bool versioned;         /* VERSION was answered */
+    bool hung_up;           /* the peer has closed, but there may be bytes of it to read */
     bool gone;              /* the peer is gone or was given up; close when nothing is under way */
     uint8_t *rx;            /* bytes received and not executed: rx[rx_at .. rx_end) */
     size_t rx_at, rx_end, rx_cap;
@@ -147,6 +148,7 @@ struct vpci_dev {
     int listen_fd;
     bool accepting;
     bool held_by_bus_master;
+    bool stop;                         /* vpci_dev_stop was called */
 
     enum op op;
     uint64_t op_since_ms;

@@ -19,6 +19,7 @@ struct chain {
     vpci_chain pub;              /* first: a vpci_chain pointer is a struct chain pointer */
     struct chain *next_free;
     struct vpci_range **held;    /* one a piece, counted in range->users */
+    struct vpci_range *last_held;/* the one that pub.last_in points into */
     uint32_t n_iov, cap;
     struct iovec inline_iov[INLINE_IOV];
     struct vpci_range *inline_held[INLINE_IOV];
@@ -191,6 +192,7 @@ static struct chain *chain_get(vpci_queue *q)
         return NULL;
     c->pub = (vpci_chain){.queue = q, .queue_index = q->index, .iov = c->inline_iov};
     c->held = c->inline_held;
+    c->last_held = NULL;
     c->n_iov = 0;
     c->cap = INLINE_IOV;
     return c;
@@ -200,6 +202,8 @@ static void chain_put(vpci_queue *q, struct chain *c)
 {
     for (uint32_t i = 0; i < c->n_iov; i++)
         c->held[i]->users--;
+    if (c->last_held)
+        c->last_held->users--;
     if (c->held != c->inline_held) {
         free(c->held);
         free(c->pub.iov);
@@ -321,7 +325,7 @@ static bool enter_table(struct walk *w, const struct desc *d)
         return walk_break(w, VPCI_RING_INDIRECT_NEXT, d->addr);
     if (!d->len || d->len % DESC_BYTES)
         return walk_break(w, VPCI_RING_TABLE_LENGTH, d->len);
-    if (d->addr + d->len - 1 < d->addr)
+    if (!vpci_mem_whole(w->q->mem, d->addr, d->len, VPCI_MEM_READ))
         return walk_break(w, VPCI_RING_TABLE_UNMAPPED, d->addr);
     w->indirect = true;
     w->table = d->addr;
@@ -380,8 +384,11 @@ static void find_last_in(struct walk *w, struct chain *c)
     struct vpci_piece p;
     const struct desc *d = &w->last_in;
     uint64_t last = d->addr + d->len - 1;
-    if (d->len && last >= d->addr && vpci_mem_piece(w->q->mem, last, 1, VPCI_MEM_WRITE, &p))
+    if (d->len && last >= d->addr && vpci_mem_piece(w->q->mem, last, 1, VPCI_MEM_WRITE, &p)) {
         c->pub.last_in = p.hva;
+        c->last_held = p.range;
+        p.range->users++;
+    }
 }
 
 /* D1: avail.idx is loaded (acquire) before the slots it covers, once a batch. */

@@ -8,7 +8,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,17 +23,22 @@ OLDEST_PYTHON = (3, 11)
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked for. `hint`: what to type when it is missing, empty when it is there."""
+    """One thing that was looked for. `hint`: what to type when it is missing, empty when it is there.
+
+    `needed`: nothing works without it; the rest is fetched when it is first asked for, or serves some uses only.
+    """
 
     name: str
     ok: bool
     found: str
     hint: str = ""
+    needed: bool = True
 
 
 def checks() -> list[Check]:
     """Every check, in the order of use: build, run, fetch, guests, network."""
-    return [*_build(), *_fetching(), *_guests(), *_network()]
+    later = (replace(check, needed=False) for check in (*_guests(), *_network()))
+    return [*_build(), *_fetching(), *later]
 
 
 def _check(name: str, found: str, hint: str) -> Check:

@@ -51,9 +51,14 @@ def checks(found: Sequence[Check]) -> None:
     """What `vpci doctor` saw."""
     table = _table("this machine", "", "what", "found", "to type")
     for check in found:
-        mark = Text("ok", style="green") if check.ok else Text("missing", style="yellow")
-        table.add_row(mark, check.name, check.found, check.hint)
+        table.add_row(_presence(check), check.name, check.found, check.hint)
     show(console(), table)
+
+
+def _presence(check: Check) -> Text:
+    if check.ok:
+        return Text("ok", style="green")
+    return Text("missing", style="bold red") if check.needed else Text("not yet", style="yellow")
 
 
 def identity(facts: dict[str, str]) -> Table:

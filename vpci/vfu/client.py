@@ -306,7 +306,7 @@ class Client:
     # -- inside ---------------------------------------------------------------------------------------------
 
     def _connect(self, path: str, timeout: float) -> None:
-        """A non-blocking connect fails when the server's backlog is full; a blocking one with a limit waits for room."""
+        """A non-blocking connect fails when the backlog is full; a blocking one with a limit waits for room."""
         limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:

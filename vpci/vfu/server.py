@@ -62,7 +62,7 @@ class Server:
         self._dev = lib.vpci_dev_new(self._setup())
         if self._dev == ffi.NULL:
             raise MemoryError("no memory for the device")
-        function.set_intx_level(lambda: bool(self._dev_stats().intx_level))
+        function.set_intx_level(lambda: bool(self._dev_stats().intx_status))
         function.set_pending(self._pending)
 
     # -- life --------------------------------------------------------------------------------------------------------

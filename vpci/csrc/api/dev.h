@@ -116,7 +116,7 @@ typedef struct vpci_dev_stats {
     uint32_t clients;
     uint32_t client_pid;      /* 0: none is attached */
     uint32_t isr;
-    uint32_t intx_level;
+    uint32_t intx_status;     /* an INTx interrupt is pending, whether or not Interrupt Disable lets it out */
 } vpci_dev_stats;
 
 vpci_dev *vpci_dev_new(const vpci_dev_setup *setup);

@@ -1,0 +1,11 @@
+"""A virtio driver on the host: tests and tools hand it intents, it hands register accesses to vfu/client.py.
+
+memory.py is the guest's RAM, virtqueue.py the driver's half of a ring, device.py probe and negotiation, blk.py a disk.
+"""
+
+from vpci.driver.blk import BlkDriver
+from vpci.driver.device import Device
+from vpci.driver.memory import Memory, Range
+from vpci.driver.virtqueue import Buffer, RingLayout, SplitRing, Virtqueue
+
+__all__ = ["BlkDriver", "Buffer", "Device", "Memory", "Range", "RingLayout", "SplitRing", "Virtqueue"]
