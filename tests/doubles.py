@@ -1,0 +1,170 @@
+"""Doubles of the wire tests: a served configuration in a process of its own, and raw access to its BAR0.
+
+Offsets that the tests use through Raw are typed from the paper, not taken from a layout of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vpci.vfu.client import Client, ServerError
+
+START_S = 20
+BAR0, BAR1, CONFIG = 0, 1, 7
+INTX, MSIX = 0, 2
+SECTOR = 512
+
+
+class Served:
+    """`vpci serve` on one configuration; `events` are the JSON lines read so far."""
+
+    def __init__(self, config: Path, sets: Sequence[str] = (), *, cwd: Path) -> None:
+        self.config, self.cwd = config, cwd
+        self.path = cwd / "dev.sock"
+        self.log = cwd / "serve.log"
+        arguments = [item for pair in sets for item in ("--set", pair)]
+        command = [sys.executable, "-m", "vpci", "serve", str(config), "--json", "--socket", str(self.path), *arguments]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=cwd, env=environment())
+        self.events: list[dict[str, Any]] = []
+        self._text = b""
+
+    def wait_listening(self) -> Served:
+        """Until the first event; says what the server said when it ends instead."""
+        first = self.wait_event(lambda event: True, START_S)
+        assert first["event"] == "listening", first
+        assert first["socket"] == str(self.path.absolute())
+        return self
+
+    def wait_event(self, wanted: Any, timeout: float = 10) -> dict[str, Any]:
+        """The next event for which wanted(event) holds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            for event in self._lines(deadline):
+                self.events.append(event)
+                if wanted(event):
+                    return event
+
+    def _lines(self, deadline: float) -> list[dict[str, Any]]:
+        assert self.process.stdout is not None
+        fd = self.process.stdout.fileno()
+        if not select.select([fd], [], [], max(0, deadline - time.monotonic()))[0]:
+            raise TimeoutError(f"no event in time; the server's log:\n{self.log.read_text()}")
+        got = os.read(fd, 65536)
+        if not got:
+            raise EOFError(f"the server ended with {self.process.wait(10)}; its log:\n{self.log.read_text()}")
+        *whole, self._text = (self._text + got).split(b"\n")
+        return [json.loads(line) for line in whole]
+
+    def client(self, **more: Any) -> Client:
+        """A new client; the server holds one at a time."""
+        return Client(self.path, **more)
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """End the server and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            return self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+
+
+def environment() -> dict[str, str]:
+    """Ours, with the tree that the tests are in importable from any directory."""
+    here = str(Path(__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
+
+
+def blk_config(
+    folder: Path, *, size: str = "1M", blk: str = "", extra: str = "", dialect: str = "patchv2", image: bytes = b""
+) -> Path:
+    """A configuration file for a disk in `folder`, with more lines for [blk] and more sections, on `image` if given."""
+    path = folder / "blk.toml"
+    if image:
+        (folder / "disk.img").write_bytes(image)
+    path.write_text(
+        f'[device]\nmodel = "blk"\ndialect = "{dialect}"\nsocket = "dev.sock"\n'
+        f'[blk]\nbackend = "file"\npath = "{folder / "disk.img"}"\nsize = "{size}"\nserial = "vpci0"\n{blk}\n{extra}\n'
+    )
+    return path
+
+
+@contextlib.contextmanager
+def serving(config: Path, sets: Sequence[str] = (), *, cwd: Path) -> Iterator[Served]:
+    """A running server, ended at the end."""
+    server = Served(config, sets, cwd=cwd)
+    try:
+        yield server.wait_listening()
+    finally:
+        server.stop()
+
+
+class Raw:
+    """BAR0 and configuration space by offset and width in bytes."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    def read(self, off: int, width: int) -> int:
+        return int.from_bytes(self.client.region_read(BAR0, off, width), "little")
+
+    def write(self, off: int, width: int, value: int) -> None:
+        self.client.region_write(BAR0, off, value.to_bytes(width, "little"))
+
+    def bytes(self, off: int, count: int) -> bytes:
+        return self.client.region_read(BAR0, off, count)
+
+    def pci(self, off: int, width: int) -> int:
+        return int.from_bytes(self.client.region_read(CONFIG, off, width), "little")
+
+    def pci_write(self, off: int, width: int, value: int) -> None:
+        self.client.region_write(CONFIG, off, value.to_bytes(width, "little"))
+
+    def msix_capability(self) -> int:
+        """Offset of the capability with id 0x11, found by walking the list."""
+        off = self.pci(0x34, 1)
+        while off and self.pci(off, 1) != 0x11:
+            off = self.pci(off + 1, 1)
+        assert off, "no MSI-X capability"
+        return off
+
+    def set_msix(self, control: int) -> None:
+        """Write Message Control: 0x8000 enable, 0x4000 function mask."""
+        self.pci_write(self.msix_capability() + 2, 2, control)
+
+
+def refused(client: Client, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> int:
+    """The errno with which the server refuses a message; the connection must live on."""
+    try:
+        client.request(command, payload, fds)
+    except ServerError as error:
+        assert client.device_info().num_regions >= 8
+        return error.errno
+    raise AssertionError(f"command {command}: got an answer, wanted a refusal")
+
+
+def open_fds(pid: int) -> int:
+    """How many descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def settle(client: Client) -> None:
+    """Two round trips: the pump has by then ended the turn in which it published what was seen before."""
+    client.region_read(CONFIG, 0, 2)
+    client.region_read(BAR0, 18, 1)
