@@ -13,6 +13,8 @@ from tests.doubles import Raw, Served, blk_config, serving
 from vpci.driver import BlkDriver, Device, Memory
 from vpci.vfu.client import Client
 
+pytest_plugins = ["tests.skipcheck"]
+
 MEMORY_BYTES = 4 << 20
 
 

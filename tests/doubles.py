@@ -37,6 +37,7 @@ class Served:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=cwd, env=environment())
         self.events: list[dict[str, Any]] = []
+        self._unread: list[dict[str, Any]] = []
         self._text = b""
 
     def wait_listening(self) -> Served:
@@ -50,10 +51,11 @@ class Served:
         """The next event for which wanted(event) holds."""
         deadline = time.monotonic() + timeout
         while True:
-            for event in self._lines(deadline):
-                self.events.append(event)
-                if wanted(event):
-                    return event
+            while self._unread:
+                self.events.append(self._unread.pop(0))
+                if wanted(self.events[-1]):
+                    return self.events[-1]
+            self._unread += self._lines(deadline)
 
     def _lines(self, deadline: float) -> list[dict[str, Any]]:
         assert self.process.stdout is not None
@@ -86,9 +88,8 @@ class Served:
 
 
 def environment() -> dict[str, str]:
-    """Ours, with the tree that the tests are in importable from any directory."""
-    here = str(Path(__file__).parent.parent)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
+    """Ours, and the same modules in the same order, from any directory: the child serves what we were told to test."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def blk_config(
