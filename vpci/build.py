@@ -54,7 +54,7 @@ def _settings(config: Config, n_vectors: int, offer: int, mask: int) -> DeviceSe
 def _layout(config: Config, dialect: Dialect) -> Layout:
     """The configured layout, or the dialect's; what the header section asks of it must be in it."""
     name = config.header.layout or dialect.layout
-    if not (name in layout_names() or name.endswith(".toml") and Path(name).is_file()):
+    if not (name in layout_names() or (name.endswith(".toml") and Path(name).is_file())):
         raise ConfigError("", "header.layout", name, f"{', '.join(layout_names())}, or the path of a .toml file")
     layout = find_layout(name)
     _check_known("header.hi_place", config.header.hi_place, layout.placements, layout)

@@ -996,6 +996,16 @@ def test_flags_are_cleared_although_the_rule_changed_while_busy():
         assert made.word("used_flags") == 0
 
 
+def test_a_restarted_ring_has_forgotten_that_it_was_busy():
+    with ring(rules=USED_FLAGS) as made:
+        made.busy()
+        lib.vpci_queue_stop(made.queue)
+        made.set_word("used_flags", 0)
+        lib.vpci_queue_start(made.queue, BASE // PAGE)
+        made.busy()
+        assert made.word("used_flags") == 1
+
+
 def test_a_linux_guest_that_kicks_by_avail_event_never_stalls():
     """H02, H05: a kick that need_event denies must not be needed."""
     with ring(16, rules=USED_EVENT | AVAIL_EVENT | USED_FLAGS) as made:

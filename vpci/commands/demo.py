@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vpci import config as configuration
-from vpci.commands.guest import booted, served
+from vpci.commands.guest import booted, served, stop_all
 from vpci.commands.output import Output
 from vpci.guest import Guest
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from vpci.tools import render
 
-        render.demo(result)
+        render.guest_run(result)
     return 0 if result["ok"] else 1
 
 
@@ -66,14 +66,16 @@ def _run(args: argparse.Namespace, folder: Path, out: Output) -> dict[str, Any]:
     image = folder / "disk.img"
     sets = [*args.sets, f'blk.path="{image}"', f'device.socket="{folder / "blk.sock"}"']
     config = configuration.load(_config_file(args.config, folder), sets)
-    with served([config], out) as (server,):
-        with booted([server], out, kernel=args.kernel, machine=args.machine) as guest:
+    with served([config], out) as servers:
+        server = servers[0]
+        with booted(servers, out, kernel=args.kernel, machine=args.machine) as guest:
             steps = [_step(guest, what, command) for what, command in STEPS.items()]
             digest = _digest(guest)
             seen = {"identity": _identity(guest), "digest": digest, "state": server.state()}
             guest.poweroff()
         header = _header(server.device)
-    steps.append(_compare(image, digest))
+        drained = stop_all(servers, out) == 0
+    steps += [Step("everything drained and flushed", drained, ""), _compare(image, digest)]
     return {
         "ok": all(step.ok for step in steps),
         "kernel": args.kernel,
@@ -124,8 +126,8 @@ def _header(device: Any) -> dict[str, list[dict[str, Any]]]:
             for field in fields
         ]
         for name, fields in (
-            ("MSI-X off", device.layout.resolve(False, False, place).fields),
-            ("MSI-X on", device.layout.resolve(True, False, place).fields),
+            ("MSI-X off", device.layout.resolve(False, device.hi_present, place).fields),
+            ("MSI-X on", device.layout.resolve(True, device.hi_present, place).fields),
         )
     }
 

@@ -24,8 +24,10 @@ def run(args: argparse.Namespace) -> int:
     out = Output(args.json)
     configs = [configuration.load(path, args.sets) for path in args.config]
     options = {"kernel": args.kernel, "machine": args.machine, "memory_mib": args.memory, "append": args.append}
-    with served(configs, out) as servers, booted(servers, out, interactive=args.interactive, **options) as guest:
-        return guest.wait() if args.interactive else _run(guest, args.run, servers, out)
+    with served(configs, out) as servers:
+        with booted(servers, out, interactive=args.interactive, **options) as guest:
+            status = guest.wait() if args.interactive else _run(guest, args.run, servers, out)
+        return max(status, stop_all(servers, out))
 
 
 def _run(guest: Guest, command: str, servers: Sequence[Server], out: Output) -> int:
@@ -44,15 +46,23 @@ def _run(guest: Guest, command: str, servers: Sequence[Server], out: Output) -> 
 
 @contextlib.contextmanager
 def served(configs: Sequence[Config], out: Output) -> Iterator[list[Server]]:
-    """Servers for the configurations, started; at the end they drain and flush."""
-    with contextlib.ExitStack() as stack:
-        servers = []
+    """Servers for the configurations, started. Whatever happens, they drain and flush at the end."""
+    servers: list[Server] = []
+    try:
         for config in configs:
-            server = make_server(config, None, out)
-            server.start()
-            stack.callback(stop, server, out, "the guest is done", guest_runs=False)
-            servers.append(server)
+            servers.append(make_server(config, None, out))
+            servers[-1].start()
         yield servers
+    finally:
+        stop_all(servers, out)
+
+
+def stop_all(servers: list[Server], out: Output) -> int:
+    """Drain and flush what still runs; 1 when something was lost."""
+    lost = 0
+    while servers:
+        lost |= stop(servers.pop(), out, "the guest is done", guest_runs=False)
+    return lost
 
 
 @contextlib.contextmanager

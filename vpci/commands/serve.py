@@ -12,6 +12,8 @@ from vpci.commands.output import Output
 from vpci.config import Config
 from vpci.vfu.server import Server
 
+#: Of the events on stdout: it grows when one changes its meaning or goes, not when one comes.
+EVENTS_VERSION = 1
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -21,15 +23,17 @@ def run(args: argparse.Namespace) -> int:
     out = Output(args.json)
     config = configuration.load(args.config, args.sets)
     server = make_server(config, args.socket, out)
-    server.start()
+    server.listen()
     out.event(
         "listening",
         f"{config.model_type.name} ({config.device.dialect}) on {server.path}",
+        version=EVENTS_VERSION,
         socket=server.path,
         model=config.model_type.name,
         dialect=config.device.dialect,
         pid=os.getpid(),
     )
+    server.start()
     number = signal.sigwait(STOP_SIGNALS)
     return stop(server, out, signal.Signals(number).name)
 

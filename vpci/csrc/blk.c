@@ -70,8 +70,7 @@ static void bump(uint64_t *counter, uint64_t by)
 /* used.len counts from the first writable byte, so a failed read, whose data was not written, says 0. */
 static void finish(struct vpci_blk *blk, vpci_chain *chain, uint8_t status, uint32_t written)
 {
-    if (chain->last_in)
-        *chain->last_in = status;
+    vpci_chain_set_last(chain, status);
     bump(&blk->stats.errors, status == STATUS_IOERR);
     bump(&blk->stats.unsupported, status == STATUS_UNSUPP);
     bool only_status = chain->in_len == 1 && chain->last_in;

@@ -180,21 +180,56 @@ static void put(struct conn *c, const void *data, size_t len)
     c->tx_end += len;
 }
 
-bool conn_reply(struct conn *c, const struct vfu_header *request, uint32_t error, const void *a, size_t a_len,
-                const void *b, size_t b_len)
+bool conn_request(struct conn *c, const struct vfu_header *header, const void *a, size_t a_len, const void *b,
+                  size_t b_len)
 {
-    struct vfu_header h = {
-        .id = request->id, .command = request->command, .size = (uint32_t)(sizeof(h) + a_len + b_len),
-        .flags = VFU_F_REPLY | (error ? VFU_F_ERROR : 0u), .error = error,
-    };
-    if (c->fd < 0 || request->flags & VFU_F_NO_REPLY)
-        return true;
+    struct vfu_header h = *header;
+    h.size = (uint32_t)(sizeof(h) + a_len + b_len);
     if (!tx_room(c, h.size))
         return false;
     put(c, &h, sizeof(h));
     put(c, a, a_len);
     put(c, b, b_len);
     return true;
+}
+
+bool conn_reply(struct conn *c, const struct vfu_header *request, uint32_t error, const void *a, size_t a_len,
+                const void *b, size_t b_len)
+{
+    struct vfu_header h = {
+        .id = request->id, .command = request->command, .flags = VFU_F_REPLY | (error ? VFU_F_ERROR : 0u),
+        .error = error,
+    };
+    if (c->fd < 0 || request->flags & VFU_F_NO_REPLY)
+        return true;
+    return conn_request(c, &h, a, a_len, b, b_len);
+}
+
+/* Bytes [at, at + len) of the receive buffer go; what comes after them moves up in the stream, its fds too. */
+static void cut(struct conn *c, size_t at, size_t len)
+{
+    uint64_t end = c->position + (at - c->rx_at) + len;
+    memmove(c->rx + at, c->rx + at + len, c->rx_end - at - len);
+    c->rx_end -= len;
+    for (uint32_t i = 0; i < c->n_held; i++)
+        if (c->held[i].position >= end)
+            c->held[i].position -= len;
+}
+
+void conn_take_replies(struct conn *c, bool (*take)(struct vpci_dev *dev, const struct message *m), struct vpci_dev *dev)
+{
+    struct message m = {.n_fds = 0};
+    for (size_t at = c->rx_at; c->rx_end - at >= sizeof(m.h);) {
+        memcpy(&m.h, c->rx + at, sizeof(m.h));
+        if (m.h.size < sizeof(m.h) || m.h.size > VFU_MAX_MESSAGE || c->rx_end - at < m.h.size)
+            return;
+        m.data = c->rx + at + sizeof(m.h);
+        m.len = m.h.size - (uint32_t)sizeof(m.h);
+        if ((m.h.flags & VFU_F_TYPE_MASK) == VFU_F_REPLY && take(dev, &m))
+            cut(c, at, m.h.size);
+        else
+            at += m.h.size;
+    }
 }
 
 void conn_send(struct conn *c)

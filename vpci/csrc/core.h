@@ -45,24 +45,47 @@ CHECK_LAYOUT(struct vfu_dma_access, 16);
 struct vpci_range {
     uint64_t gpa;
     uint64_t size;
-    uint8_t *hva;      /* NULL: cannot be mapped */
+    uint8_t *hva;      /* NULL: cannot be mapped, only reached by messages */
     uint32_t perm;
     uint32_t users;    /* pieces of chains in flight that point into it; counted by the queue's owner only */
 };
 
-/* The piece of a guest span that is contiguous here: its range, pointer and length. */
+/* Where guest memory is: in no range with the right asked for, mapped here, or with the client only. */
+enum vpci_where { VPCI_NOWHERE = 0, VPCI_HERE = 1, VPCI_FAR = 2 };
+
+/* The piece of a guest span that lies in one range: the range, the pointer (NULL when it is far) and the length. */
 struct vpci_piece {
     struct vpci_range *range;
     uint8_t *hva;
     uint64_t len;
 };
 
-bool vpci_mem_piece(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm, struct vpci_piece *piece);
-/* Is every byte of the span mapped with that right? */
-bool vpci_mem_whole(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm);
+enum vpci_where vpci_mem_piece(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm, struct vpci_piece *piece);
+/* A whole span: VPCI_FAR when any byte of it is far, VPCI_NOWHERE when any is missing. */
+enum vpci_where vpci_mem_whole(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm);
+/* Whether a mapped file may shrink under us, so that touching it needs vpci_guard. */
+bool vpci_mem_may_fault(const vpci_mem *mem);
 struct vpci_range *vpci_mem_exact(vpci_mem *mem, uint64_t gpa, uint64_t size);
 struct vpci_range *vpci_mem_nth(vpci_mem *mem, size_t n);
 void vpci_mem_clear(vpci_mem *mem);
+
+/* ---- fault.c ---- */
+
+/* Run work(arg), which touches guest memory. Returns false when the memory vanished under it (SIGBUS): then work was
+ * left in the middle, and whatever it had begun is its caller's to undo. */
+bool vpci_guard(const vpci_mem *mem, void (*work)(void *), void *arg);
+void vpci_guard_install(void);
+
+/* ---- far.c ---- */
+
+/* Memory that only the client can reach. Both block; 0, -EFAULT (the client refused) or -ECANCELED (given up, because
+ * somebody waits for this queue to be at rest). */
+struct vpci_far_ops {
+    int (*read)(void *arg, vpci_queue *q, uint64_t gpa, void *buf, uint32_t len);
+    int (*write)(void *arg, vpci_queue *q, uint64_t gpa, const void *buf, uint32_t len);
+};
+
+enum { FAR_PIECE = 65536, FAR_CHAIN_MAX = 64 << 20, FAR_BLOCK = 1024 };
 
 /* ---- ring.c ---- */
 
@@ -90,6 +113,19 @@ struct vpci_queue {
     uint64_t chains, used, suppressed, request_errors, zero_len, ring_errors;
 
     struct chain *free_chains;
+    struct chain *building;   /* the chain that pop is filling, for when it is left in the middle */
+
+    /* far memory: the queue then runs on a thread that may block (far.c) */
+    const struct vpci_far_ops *far;
+    void *far_arg;
+    uint8_t *shadow;          /* stands for the ring's far pages: words go through it one by one */
+    uint8_t *block;           /* of a far indirect table */
+    uint64_t block_gpa;
+    uint32_t block_len;
+    bool far_ring;            /* some page of the ring is far */
+    bool needs_far;           /* the ring or a chain is far: the pump leaves the queue to the far thread */
+    bool on_far_thread;       /* that thread is at work on it, perhaps waiting for the client */
+    bool unwound;             /* an access was given up: what was begun has no effect and is to be tried again */
 
     /* the pump's own; ring.c does not look at them */
     vpci_dev *dev;
@@ -101,6 +137,7 @@ struct vpci_queue {
     bool draining;            /* finished work is dropped, nothing is fetched */
     bool dirty;               /* pushed since the last publication */
     uint64_t kicks, ignored_kicks, interrupts;
+    vpci_chain *done, **last_done; /* finished, to be pushed by the far thread */
 };
 
 void vpci_ring_break(vpci_queue *q, uint16_t reason, uint16_t head, uint64_t addr);

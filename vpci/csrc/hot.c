@@ -5,13 +5,12 @@
 int hot_init(struct hot *hot, uint32_t size)
 {
     *hot = (struct hot){.size = size};
-    uint8_t *bytes = calloc(4, size ? size : 1);
+    uint8_t *bytes = calloc(3, size ? size : 1);
     if (!bytes)
         return -ENOMEM;
     hot->image = bytes;
     hot->read_kind = bytes + size;
-    hot->write_kind = bytes + 2 * (size_t)size;
-    hot->kick_width = bytes + 3 * (size_t)size;
+    hot->kick_width = bytes + 2 * (size_t)size;
     return 0;
 }
 
@@ -32,7 +31,6 @@ static void install_row(struct hot *hot, const vpci_hot_row *row)
         uint32_t at = row->offset + i;
         hot->image[at] = (uint8_t)(row->value >> 8 * i);
         hot->read_kind[at] = (uint8_t)row->read;
-        hot->write_kind[at] = (uint8_t)(row->write == VPCI_WRITE_KICK && i ? VPCI_WRITE_PYTHON : row->write);
         hot->kick_width[at] = row->write == VPCI_WRITE_KICK && !i ? (uint8_t)row->width : 0;
     }
     if (row->read == VPCI_READ_NOTIFY)
@@ -60,15 +58,7 @@ void hot_read(const struct hot *hot, uint32_t off, uint32_t len, uint32_t isr, u
 
 bool hot_is_kick(const struct hot *hot, uint32_t off, uint32_t len)
 {
-    return hot->kick_width[off] && hot->kick_width[off] == len;
-}
-
-bool hot_is_drop(const struct hot *hot, uint32_t off, uint32_t len)
-{
-    for (uint32_t i = 0; i < len; i++)
-        if (hot->write_kind[off + i] != VPCI_WRITE_DROP)
-            return false;
-    return true;
+    return len && hot->kick_width[off] == len;   /* an empty access may lie just behind the BAR */
 }
 
 void hot_set_notify(struct hot *hot, uint16_t value)

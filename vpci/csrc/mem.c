@@ -2,6 +2,7 @@
  * The pump hands it DMA_MAP and DMA_UNMAP; ring.c takes pointers from it and counts them on the range. */
 #include "core.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
@@ -13,15 +14,16 @@
 #define CIFS_MAGIC 0xff534d42u
 #define MAX_RANGES 65535
 
-/* The table is replaced as a whole: a reader that holds the old one sees a state that once was true. */
+/* By gpa, without overlap. Replaced as a whole when a range comes or goes. */
 struct table {
     size_t n;
-    struct vpci_range *ranges[];   /* by gpa, without overlap */
+    struct vpci_range *ranges[];
 };
 
 struct vpci_mem {
     struct table *table;
     struct vpci_range *hint;       /* the range of the last look-up */
+    bool may_fault;                /* some file of it could not be kept from shrinking */
 };
 
 static struct table *table_new(size_t n)
@@ -55,6 +57,12 @@ void vpci_mem_clear(vpci_mem *mem)
         range_free(mem->table->ranges[i]);
     mem->table->n = 0;
     mem->hint = NULL;
+    mem->may_fault = false;
+}
+
+bool vpci_mem_may_fault(const vpci_mem *mem)
+{
+    return mem->may_fault;
 }
 
 void vpci_mem_free(vpci_mem *mem)
@@ -95,16 +103,16 @@ static struct vpci_range *range_at(vpci_mem *mem, uint64_t gpa)
     return mem->hint = mem->table->ranges[i - 1];
 }
 
-bool vpci_mem_piece(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm, struct vpci_piece *piece)
+enum vpci_where vpci_mem_piece(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm, struct vpci_piece *piece)
 {
     struct vpci_range *r = range_at(mem, gpa);
-    if (!r || !r->hva || (r->perm & perm) != perm)
-        return false;
+    if (!r || (r->perm & perm) != perm)
+        return VPCI_NOWHERE;
     uint64_t off = gpa - r->gpa;
     piece->range = r;
-    piece->hva = r->hva + off;
+    piece->hva = r->hva ? r->hva + off : NULL;
     piece->len = r->size - off < len ? r->size - off : len;
-    return true;
+    return r->hva ? VPCI_HERE : VPCI_FAR;
 }
 
 struct vpci_range *vpci_mem_exact(vpci_mem *mem, uint64_t gpa, uint64_t size)
@@ -171,6 +179,14 @@ static int insert(vpci_mem *mem, struct vpci_range *r)
     return 0;
 }
 
+/* A file that shrinks under a mapping is a SIGBUS at the next touch. QEMU's RAM comes sealed against that; what is not
+ * gets the seal from us, and what cannot have one is touched under a guard. */
+static bool cannot_shrink(int fd)
+{
+    int seals = fcntl(fd, F_GET_SEALS);
+    return seals >= 0 && (seals & F_SEAL_SHRINK || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK) == 0);
+}
+
 static int map_fd(struct vpci_range *r, int fd, uint64_t offset)
 {
     int prot = (r->perm & VPCI_MEM_WRITE) ? PROT_READ | PROT_WRITE : PROT_READ;
@@ -196,6 +212,10 @@ int vpci_mem_map(vpci_mem *mem, uint64_t gpa, uint64_t size, int fd, uint64_t of
     *r = (struct vpci_range){.gpa = gpa, .size = size, .perm = perm};
     if ((can && (rc = map_fd(r, fd, offset)) < 0) || (rc = insert(mem, r)) < 0)
         range_free(r);
+    else if (can && !cannot_shrink(fd) && !mem->may_fault) {
+        mem->may_fault = true;
+        vpci_guard_install();
+    }
     return rc;
 }
 
@@ -219,21 +239,26 @@ int vpci_mem_unmap(vpci_mem *mem, uint64_t gpa, uint64_t size)
     return 0;
 }
 
-bool vpci_mem_whole(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm)
+enum vpci_where vpci_mem_whole(vpci_mem *mem, uint64_t gpa, uint64_t len, uint32_t perm)
 {
     struct vpci_piece p;
+    enum vpci_where whole = VPCI_HERE;
     if (len && gpa + len - 1 < gpa)
-        return false;
-    for (; len; gpa += p.len, len -= p.len)
-        if (!vpci_mem_piece(mem, gpa, len, perm, &p))
-            return false;
-    return true;
+        return VPCI_NOWHERE;
+    for (; len; gpa += p.len, len -= p.len) {
+        enum vpci_where where = vpci_mem_piece(mem, gpa, len, perm, &p);
+        if (where != VPCI_HERE)
+            whole = where;
+        if (where == VPCI_NOWHERE)
+            break;
+    }
+    return whole;
 }
 
 int vpci_mem_read(vpci_mem *mem, uint64_t gpa, void *buf, uint64_t len)
 {
     struct vpci_piece p;
-    if (!vpci_mem_whole(mem, gpa, len, VPCI_MEM_READ))
+    if (vpci_mem_whole(mem, gpa, len, VPCI_MEM_READ) != VPCI_HERE)
         return -EFAULT;
     for (uint8_t *to = buf; len; gpa += p.len, to += p.len, len -= p.len) {
         vpci_mem_piece(mem, gpa, len, VPCI_MEM_READ, &p);
@@ -245,7 +270,7 @@ int vpci_mem_read(vpci_mem *mem, uint64_t gpa, void *buf, uint64_t len)
 int vpci_mem_write(vpci_mem *mem, uint64_t gpa, const void *buf, uint64_t len)
 {
     struct vpci_piece p;
-    if (!vpci_mem_whole(mem, gpa, len, VPCI_MEM_WRITE))
+    if (vpci_mem_whole(mem, gpa, len, VPCI_MEM_WRITE) != VPCI_HERE)
         return -EFAULT;
     for (const uint8_t *from = buf; len; gpa += p.len, from += p.len, len -= p.len) {
         vpci_mem_piece(mem, gpa, len, VPCI_MEM_WRITE, &p);

@@ -94,8 +94,8 @@ static void region_write(struct vpci_dev *dev, struct message *m)
         refuse(dev, EINVAL, VPCI_WHY_SHORT, sizeof(a) + (uint64_t)a.count);
         return;
     }
-    bool bar0 = a.region == VFU_REGION_BAR0, is_kick = bar0 && hot_is_kick(&dev->hot, (uint32_t)a.offset, a.count);
-    if (!is_kick && !(bar0 && hot_is_drop(&dev->hot, (uint32_t)a.offset, a.count))) {
+    bool is_kick = a.region == VFU_REGION_BAR0 && hot_is_kick(&dev->hot, (uint32_t)a.offset, a.count);
+    if (!is_kick && a.count) {
         to_python(dev, m);
         return;
     }
@@ -143,8 +143,6 @@ static void dma_unmap(struct vpci_dev *dev, struct message *m)
         return;
     }
     pump_begin(dev, OP_UNMAP);
-    if (pump_unmap_is_ready(dev))
-        message_finish_unmap(dev);
 }
 
 void message_finish_unmap(struct vpci_dev *dev)
@@ -220,6 +218,13 @@ static void execute(struct vpci_dev *dev, struct message *m)
         c->run(dev, m);
 }
 
+static void take_reply(struct vpci_dev *dev, const struct message *m)
+{
+    if (!far_take_reply(dev, m))
+        pump_note(dev, (vpci_event){.note = VPCI_NOTE_MESSAGE, .command = m->h.command, .b = VPCI_WHY_TYPE,
+                                    .c = m->h.flags});
+}
+
 void message_execute(struct vpci_dev *dev, struct message *m)
 {
     dev->request = m->h;
@@ -227,8 +232,7 @@ void message_execute(struct vpci_dev *dev, struct message *m)
     if ((m->h.flags & VFU_F_TYPE_MASK) == 0)
         execute(dev, m);
     else if ((m->h.flags & VFU_F_TYPE_MASK) == VFU_F_REPLY)
-        pump_note(dev, (vpci_event){.note = VPCI_NOTE_MESSAGE, .command = m->h.command, .b = VPCI_WHY_TYPE,
-                                    .c = m->h.flags});
+        take_reply(dev, m);
     else
         refuse(dev, EINVAL, VPCI_WHY_TYPE, m->h.flags);
     message_close(m);

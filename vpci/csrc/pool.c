@@ -12,11 +12,12 @@ struct vpci_pool {
     pthread_t threads[];
 };
 
-/* Signals belong to Python's main thread: every thread of ours blocks them all. */
+/* Signals belong to Python's main thread: every thread of ours blocks them. */
 int vpci_thread_start(pthread_t *thread, void *(*run)(void *), void *arg, const char *name)
 {
     sigset_t all, old;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);   /* a fault of our own: blocked, it would kill the process (fault.c) */
     pthread_sigmask(SIG_SETMASK, &all, &old);
     int rc = pthread_create(thread, NULL, run, arg);
     pthread_sigmask(SIG_SETMASK, &old, NULL);

@@ -32,6 +32,7 @@ void pump_note(struct vpci_dev *dev, vpci_event note)
 void pump_begin(struct vpci_dev *dev, enum op op)
 {
     dev->op = op;
+    far_tell(dev);
     dev->op_since_ms = op == OP_NONE ? 0 : now_ms();
     dev->op_cancelled = dev->op_given_up = false;
 }
@@ -75,9 +76,12 @@ void pump_remap(struct vpci_dev *dev)
 void pump_finish_chain(struct vpci_dev *dev, vpci_chain *chain, uint32_t len)
 {
     vpci_queue *q = chain->queue;
-    (void)dev;
     if (q->draining || q->broken) {
         vpci_ring_drop(q, chain);
+        return;
+    }
+    if (far_has(q)) {
+        far_finish_chain(dev, chain, len);
         return;
     }
     q->runnable |= q->in_flight == q->size;   /* the queue was full of work: now it can fetch again */
@@ -87,12 +91,13 @@ void pump_finish_chain(struct vpci_dev *dev, vpci_chain *chain, uint32_t len)
 
 static void publish(struct vpci_dev *dev, vpci_queue *q)
 {
-    q->dirty = false;
-    if (vpci_ring_publish(q))
+    bool wanted = vpci_ring_publish(q);
+    q->dirty = q->unwound || q->suspended;   /* then it is published when the ring is there again */
+    if (wanted)
         q->interrupts += vpci_irq_raise(&dev->irq, q->vector, VPCI_ISR_QUEUE);
 }
 
-static bool may_fetch(const struct vpci_dev *dev, const vpci_queue *q)
+bool pump_may_fetch(const struct vpci_dev *dev, const vpci_queue *q)
 {
     return q->runnable && !q->draining && !dev->held_by_bus_master && dev->op != OP_UNMAP && dev->op != OP_CLOSING &&
            dev->op != OP_STOPPING;
@@ -115,18 +120,36 @@ static bool fetch(vpci_queue *q)
     return false;
 }
 
-static void look(struct vpci_dev *dev, vpci_queue *q)
+/* One look at a ring, by the thread that has the queue. Stopped in the middle (far memory), it stays runnable. */
+void pump_look(struct vpci_dev *dev, vpci_queue *q)
 {
     uint16_t was_broken = q->broken;
     vpci_ring_busy(q);
-    bool empty = fetch(q);
-    if (q->dirty)
+    bool empty = pump_may_fetch(dev, q) && fetch(q);
+    if (q->dirty && !q->unwound)
         publish(dev, q);
     if (q->broken && !was_broken)
         note_ring_error(dev, q);
     bool full = q->in_flight == q->size;   /* the next chain to finish makes it runnable */
-    if (empty)
+    if (empty && !q->unwound)
         q->runnable = !full && vpci_ring_idle(q);
+}
+
+static void publish_all(struct vpci_dev *dev)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        if (dev->queues[i]->dirty && !far_has(dev->queues[i]))
+            publish(dev, dev->queues[i]);
+}
+
+static bool look_here(struct vpci_dev *dev, vpci_queue *q)
+{
+    if (pump_may_fetch(dev, q))
+        pump_look(dev, q);
+    else if (q->dirty)
+        publish(dev, q);
+    q->unwound = false;   /* set when it met far memory: then it is the far thread's from here on */
+    return pump_may_fetch(dev, q);
 }
 
 static bool look_at_rings(struct vpci_dev *dev)
@@ -134,11 +157,10 @@ static bool look_at_rings(struct vpci_dev *dev)
     bool more = false;
     for (uint32_t i = 0; i < dev->n_queues; i++) {
         vpci_queue *q = dev->queues[i];
-        if (may_fetch(dev, q))
-            look(dev, q);
-        else if (q->dirty)
-            publish(dev, q);
-        more |= may_fetch(dev, q);
+        if (!far_has(q))
+            more |= look_here(dev, q);
+        else if (pump_may_fetch(dev, q) || q->dirty)
+            far_start(dev);
     }
     return more;
 }
@@ -249,7 +271,14 @@ static void fx_raise_config(struct vpci_dev *dev, vpci_queue *q, const vpci_effe
 static void fx_kick(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
 {
     (void)q;
+    hot_set_notify(&dev->hot, (uint16_t)fx->queue);
     pump_kick(dev, fx->queue);
+}
+
+static void fx_max_transfer(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    dev->far.max_len = fx->value < FAR_PIECE ? (uint32_t)fx->value : FAR_PIECE;
 }
 
 static const struct {
@@ -270,6 +299,7 @@ static const struct {
     [VPCI_FX_NOTIFY_RESET] = {fx_notify_reset, false},
     [VPCI_FX_RAISE_CONFIG] = {fx_raise_config, false},
     [VPCI_FX_KICK] = {fx_kick, false},
+    [VPCI_FX_MAX_TRANSFER] = {fx_max_transfer, false},
 };
 
 static void apply(struct vpci_dev *dev, const struct order *o)
@@ -294,6 +324,7 @@ static void begin_drain(struct vpci_dev *dev, struct order *o)
             dev->held_by_bus_master |= !o->effects[i].value;
     dev->answer = o;
     pump_begin(dev, OP_DRAIN);
+    far_drop(dev);
 }
 
 static void take_orders(struct vpci_dev *dev, struct order *o)
@@ -311,8 +342,15 @@ static void take_orders(struct vpci_dev *dev, struct order *o)
 
 /* ---- operations ---- */
 
+static bool is_at_rest(const struct vpci_dev *dev, bool draining_only)
+{
+    return !in_flight(dev, draining_only) && far_at_rest(dev, draining_only);
+}
+
 static bool range_is_free(const struct vpci_dev *dev, const struct vpci_range *r)
 {
+    if (!r->hva)
+        return far_at_rest(dev, false);   /* nobody points into it */
     for (uint32_t i = 0; i < dev->n_queues; i++)
         if (dev->queues[i]->in_flight && vpci_queue_touches(dev->queues[i], r))
             return false;
@@ -323,16 +361,16 @@ bool pump_unmap_is_ready(struct vpci_dev *dev)
 {
     if (!(dev->unmap.flags & VFU_DMA_UNMAP_ALL))
         return range_is_free(dev, vpci_mem_exact(dev->mem, dev->unmap.addr, dev->unmap.size));
-    return !in_flight(dev, false);
+    return is_at_rest(dev, false);
 }
 
 static bool op_is_ready(struct vpci_dev *dev)
 {
     switch (dev->op) {
-    case OP_DRAIN: return !in_flight(dev, !dev->held_by_bus_master);
+    case OP_DRAIN: return is_at_rest(dev, !dev->held_by_bus_master);
     case OP_UNMAP: return pump_unmap_is_ready(dev);
     case OP_CLOSING:
-    case OP_STOPPING: return !in_flight(dev, false);
+    case OP_STOPPING: return is_at_rest(dev, false);
     default: return false;
     }
 }
@@ -374,6 +412,7 @@ static void op_finish(struct vpci_dev *dev)
         [OP_DRAIN] = finish_drain, [OP_UNMAP] = message_finish_unmap,
         [OP_CLOSING] = finish_closing, [OP_STOPPING] = finish_stopping,
     };
+    publish_all(dev);   /* what was finished is shown while the ring may still be touched */
     finish[dev->op](dev);
 }
 
@@ -401,7 +440,7 @@ static void give_up(struct vpci_dev *dev)
 
 static bool waits_for_work(const struct vpci_dev *dev)
 {
-    return dev->op >= OP_DRAIN && dev->op < OP_ENDED;
+    return dev->op > OP_NONE && dev->op < OP_ENDED;
 }
 
 static void watch_the_clock(struct vpci_dev *dev)
@@ -486,6 +525,16 @@ static void execute_messages(struct vpci_dev *dev)
         lose_stream(dev, (uint64_t)-got, detail);
 }
 
+/* An unmap is an operation too, but one that is mostly ready at once. */
+static void execute_all(struct vpci_dev *dev)
+{
+    execute_messages(dev);
+    while (op_is_ready(dev)) {
+        op_finish(dev);
+        execute_messages(dev);
+    }
+}
+
 /* What was received before the peer went is executed first; then the connection closes. */
 static void end_connection(struct vpci_dev *dev)
 {
@@ -496,6 +545,7 @@ static void end_connection(struct vpci_dev *dev)
     pump_begin(dev, OP_CLOSING);
     for (uint32_t i = 0; i < dev->n_queues; i++)
         dev->queues[i]->draining = true;
+    far_drop(dev);
 }
 
 static void arm(struct vpci_dev *dev)
@@ -562,11 +612,13 @@ static void begin_stopping(struct vpci_dev *dev)
 static bool turn(struct vpci_dev *dev)
 {
     take_mail(dev);
+    if (dev->op != OP_NONE)
+        conn_take_replies(&dev->conn, far_take_reply, dev);
     watch_the_clock(dev);
     while (op_is_ready(dev))
         op_finish(dev);
     begin_stopping(dev);
-    execute_messages(dev);
+    execute_all(dev);
     conn_send(&dev->conn);
     bool more = look_at_rings(dev);
     end_connection(dev);
@@ -606,6 +658,7 @@ static int make_queues(vpci_dev *dev, const vpci_dev_setup *setup)
         q->index = (uint16_t)i;
         q->engine = setup->queues[i].engine;
         q->engine_state = setup->queues[i].engine_state;
+        far_adopt(dev, q);
         dev->queues[dev->n_queues++] = q;
     }
     return dev->queues ? 0 : -ENOMEM;
@@ -624,6 +677,7 @@ vpci_dev *vpci_dev_new(const vpci_dev_setup *setup)
         return NULL;
     conn_init(&dev->conn);
     pthread_mutex_init(&dev->awake, NULL);
+    far_init(dev);
     memcpy(dev->region_sizes, setup->region_sizes, sizeof(dev->region_sizes));
     dev->cancel_ms = setup->cancel_ms;
     dev->close_ms = setup->close_ms;
@@ -660,6 +714,7 @@ void vpci_dev_free(vpci_dev *dev)
         return;
     if (dev->thread_started)
         pthread_join(dev->thread, NULL);
+    far_fini(dev);
     conn_fini(&dev->conn);
     for (uint32_t i = 0; i < dev->n_queues; i++)
         vpci_queue_free(dev->queues[i]);

@@ -6,6 +6,8 @@
 
 /* ---- conn.c: the client's socket, bytes and fds to messages and back ---- */
 
+struct vpci_dev;
+
 enum { MAX_HELD_FDS = 256, RX_MIN = 65536, TX_HIGH = 4 << 20 };
 #define RX_MAX (2u * VFU_MAX_MESSAGE)
 
@@ -56,14 +58,49 @@ bool conn_reply(struct conn *c, const struct vfu_header *request, uint32_t error
 void conn_send(struct conn *c);
 bool conn_congested(const struct conn *c);
 
+/* Queue a request of our own. */
+bool conn_request(struct conn *c, const struct vfu_header *header, const void *a, size_t a_len, const void *b,
+                  size_t b_len);
+/* Give each whole reply that waits behind requests to take(), and cut it out of the stream. */
+void conn_take_replies(struct conn *c, bool (*take)(struct vpci_dev *dev, const struct message *m), struct vpci_dev *dev);
+
+/* ---- far.c: memory that only the client reaches ---- */
+
+struct far {
+    pthread_t thread;
+    bool started, ending;
+    pthread_cond_t changed;            /* with dev->awake: a reply, another operation, work */
+    struct vfu_header request;         /* the one message that waits for its reply */
+    bool pending, error;
+    uint16_t last_id;
+    void *in;                          /* where a DMA_READ's data goes */
+    uint32_t len;
+    uint32_t max_len;                  /* of one message's data */
+};
+
+void far_init(struct vpci_dev *dev);
+void far_fini(struct vpci_dev *dev);
+void far_adopt(struct vpci_dev *dev, vpci_queue *q);
+/* Something that its thread waits for has changed. */
+void far_tell(struct vpci_dev *dev);
+/* A queue has work for the thread. */
+void far_start(struct vpci_dev *dev);
+void far_finish_chain(struct vpci_dev *dev, vpci_chain *chain, uint32_t len);
+/* Is the queue in the thread's hands? */
+bool far_has(const vpci_queue *q);
+/* Finished chains of queues that drain are not pushed any more. */
+void far_drop(struct vpci_dev *dev);
+bool far_at_rest(const struct vpci_dev *dev, bool draining_only);
+/* Returns whether the reply was one of ours, in time or late. */
+bool far_take_reply(struct vpci_dev *dev, const struct message *m);
+
 /* ---- hot.c: register accesses that need no Python ---- */
 
 struct hot {
     uint32_t size;          /* of BAR0 */
     uint8_t *image;         /* what reads see */
     uint8_t *read_kind;     /* enum vpci_hot_read, a byte */
-    uint8_t *write_kind;    /* enum vpci_hot_write, a byte; WRITE_KICK at a kick's first byte only */
-    uint8_t *kick_width;
+    uint8_t *kick_width;    /* where a kick starts: its width; else 0 */
     uint16_t notify;        /* queue_notify as last written */
 };
 
@@ -73,7 +110,6 @@ void hot_install(struct hot *hot, const vpci_hot_row *rows, uint32_t n_rows);
 bool hot_covers_isr(const struct hot *hot, uint32_t off, uint32_t len);
 void hot_read(const struct hot *hot, uint32_t off, uint32_t len, uint32_t isr, uint8_t *out);
 bool hot_is_kick(const struct hot *hot, uint32_t off, uint32_t len);
-bool hot_is_drop(const struct hot *hot, uint32_t off, uint32_t len);
 void hot_set_notify(struct hot *hot, uint16_t value);
 
 /* ---- mailbox.c: to Python and back ---- */
@@ -136,6 +172,7 @@ struct vpci_dev {
     struct hot hot;
     struct mailbox box;
     struct conn conn;
+    struct far far;
     vpci_queue **queues;
     uint32_t n_queues;
     uint64_t region_sizes[VFU_REGION_INDICES];
@@ -158,7 +195,8 @@ struct vpci_dev {
     struct vfu_dma_unmap unmap;        /* OP_UNMAP */
     uint8_t *python_data;              /* the payload that Python is looking at */
 
-    pthread_mutex_t awake;             /* held by the pump while it is not asleep: readers of state take it */
+    pthread_mutex_t awake;             /* held by whoever works on the device: the pump while it is not asleep, the
+                                        * far thread while it does not wait, readers of state */
     vpci_dev_stats stats;
     uint64_t features;
 };
@@ -168,6 +206,8 @@ void pump_kick(struct vpci_dev *dev, uint32_t queue_index);
 void pump_begin(struct vpci_dev *dev, enum op op);
 void pump_finish_chain(struct vpci_dev *dev, vpci_chain *chain, uint32_t len);
 void pump_remap(struct vpci_dev *dev);
+bool pump_may_fetch(const struct vpci_dev *dev, const vpci_queue *q);
+void pump_look(struct vpci_dev *dev, vpci_queue *q);
 bool pump_unmap_is_ready(struct vpci_dev *dev);
 
 /* ---- messages.c ---- */

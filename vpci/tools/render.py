@@ -128,8 +128,8 @@ def steps(done: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def demo(result: dict[str, Any]) -> None:
-    """Everything that the main job shows."""
+def guest_run(result: dict[str, Any]) -> None:
+    """What a guest did with a device: identity, header, negotiation, queues, steps, verdict."""
     out = console()
     state = result["state"]
     parts = [

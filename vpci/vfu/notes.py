@@ -36,6 +36,7 @@ RING_RULES: dict[int, tuple[str, str]] = {
     lib.VPCI_RING_TABLE_LENGTH: ("table_length", "an indirect table of {addr} bytes; wanted a multiple of 16, not 0"),
     lib.VPCI_RING_TABLE_UNMAPPED: ("table_unmapped", "the indirect table is not in mapped memory at {addr:#x}"),
     lib.VPCI_RING_UNMAPPED: ("ring_unmapped", "a kick, but the ring at {addr:#x} is not whole in mapped memory"),
+    lib.VPCI_RING_VANISHED: ("ring_vanished", "the file of the ring's memory at {addr:#x}, or of a chain's, shrank"),
 }
 
 _MESSAGE_FAULTS: dict[int, str] = {

@@ -32,14 +32,15 @@ CLOSE_MS = 4000
 
 _OP_NUMBERS = {name: getattr(lib, f"VPCI_FX_{name.upper()}") for name in OPS}
 _READ_KINDS = {"value": lib.VPCI_READ_VALUE, "isr": lib.VPCI_READ_ISR, "notify": lib.VPCI_READ_NOTIFY}
-_WRITE_KINDS = {"python": lib.VPCI_WRITE_PYTHON, "kick": lib.VPCI_WRITE_KICK, "drop": lib.VPCI_WRITE_DROP}
+_WRITE_KINDS = {"python": lib.VPCI_WRITE_PYTHON, "kick": lib.VPCI_WRITE_KICK}
 _ROW_BYTES = 8
 
 
 class Server:
     """Serves one function on one socket, to one client at a time.
 
-    `report` is called with every Report, from the device's own thread. start() returns when clients can connect.
+    `report` is called with every Report, from the device's own thread. From listen() on clients can connect, from
+    start() on they are served.
     """
 
     def __init__(
@@ -67,9 +68,15 @@ class Server:
 
     # -- life --------------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Listen and serve. Raises BackendError when the socket's path cannot be had."""
+    def listen(self) -> None:
+        """Take the socket's path. Raises BackendError when it cannot be had."""
         self._listener = listen(self.path)
+
+    def start(self) -> None:
+        """Serve; listen first if that was not done."""
+        if self._listener is None:
+            self.listen()
+        assert self._listener is not None
         fx = Effects()
         self.function.reset(fx)
         self._post(fx)

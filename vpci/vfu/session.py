@@ -51,13 +51,14 @@ class Session:
         self.capabilities, self.versioned = {}, False
         return fx
 
-    def _version(self, payload: bytes, _fx: Effects) -> bytes:
+    def _version(self, payload: bytes, fx: Effects) -> bytes:
         major, minor, capabilities = wire.parse_version(payload)
         if self.versioned:
             raise ClientError("VERSION", "message", errno.EINVAL, "a second one", "one, at the start")
         if major != wire.VERSION[0]:
             raise ClientError("VERSION", "major", errno.EINVAL, f"{major}.{minor}", f"{wire.VERSION[0]}.x")
         self.capabilities, self.versioned = capabilities, True
+        fx.max_transfer(max(1, capabilities.get("max_data_xfer_size", lib.VFU_MAX_DATA)))
         return wire.version_reply(
             {"max_msg_fds": lib.VFU_MAX_FDS, "max_data_xfer_size": lib.VFU_MAX_DATA, "pgsizes": 4096}
         )

@@ -21,7 +21,7 @@ typedef struct vpci_dev_setup {
 
 /* One row of the hot table: what C may answer by itself in BAR0. Rows cover the BAR without gap or overlap. */
 enum vpci_hot_read { VPCI_READ_VALUE = 0, VPCI_READ_ISR = 1, VPCI_READ_NOTIFY = 2 };
-enum vpci_hot_write { VPCI_WRITE_PYTHON = 0, VPCI_WRITE_KICK = 1, VPCI_WRITE_DROP = 2 };
+enum vpci_hot_write { VPCI_WRITE_PYTHON = 0, VPCI_WRITE_KICK = 1 };
 
 typedef struct vpci_hot_row {
     uint32_t offset;
@@ -46,6 +46,7 @@ enum vpci_effect_op {
     VPCI_FX_NOTIFY_RESET,
     VPCI_FX_RAISE_CONFIG,
     VPCI_FX_KICK,
+    VPCI_FX_MAX_TRANSFER,     /* bytes of data in one message that the client takes */
     VPCI_FX_OPS
 };
 
@@ -86,7 +87,6 @@ enum vpci_refusal {
     VPCI_WHY_MAP,             /* a DMA range that cannot be mapped; detail = gpa */
     VPCI_WHY_UNMAP,           /* no such range; detail = gpa */
     VPCI_WHY_FDS,             /* more fds than are taken, or lost on the way; detail = how many */
-    VPCI_WHY_BACKLOG,         /* more requests outstanding than are kept; detail = bytes */
     VPCI_WHY_MEMORY,          /* this process is out of memory */
     VPCI_WHYS
 };
@@ -112,6 +112,7 @@ typedef struct vpci_dev_stats {
     uint64_t config_interrupts;
     uint64_t refused_clients;
     uint64_t ignored_kicks;   /* for queues that do not exist */
+    uint64_t far_messages;    /* DMA_READ and DMA_WRITE that we sent */
     uint64_t lost_notes;
     uint32_t clients;
     uint32_t client_pid;      /* 0: none is attached */
@@ -129,8 +130,8 @@ void vpci_dev_free(vpci_dev *dev);
 
 /* The next thing for Python, waiting up to timeout_ms (-1: for ever). Returns 1, or 0 at the time-out. */
 int vpci_dev_next(vpci_dev *dev, vpci_event *event, int timeout_ms);
-/* Answer the message that vpci_dev_next gave: an errno or 0 with a payload; effects are carried out first, in order,
- * queue stops before the others, then the rows (if any) are the new hot table, then the reply goes out.
+/* Answer the message that vpci_dev_next gave: an errno or 0 with a payload. The queues that an effect stops are drained;
+ * then the rows (if any) are the new hot table, the effects are carried out in order, and the reply goes out.
  * Returns 0 or -ENOMEM. */
 int vpci_dev_answer(vpci_dev *dev, uint32_t error, const void *payload, uint32_t len,
                     const vpci_effect *effects, uint32_t n_effects, const vpci_hot_row *rows, uint32_t n_rows);

@@ -26,6 +26,7 @@ enum vpci_ring_error {
     VPCI_RING_TABLE_LENGTH,
     VPCI_RING_TABLE_UNMAPPED,
     VPCI_RING_UNMAPPED,
+    VPCI_RING_VANISHED,        /* a file of guest memory has shrunk */
     VPCI_RING_ERRORS
 };
 
@@ -50,8 +51,8 @@ typedef struct vpci_chain {
     uint16_t queue_index;
     uint16_t head;
     uint16_t error;         /* enum vpci_chain_error; the pieces are then not to be used */
-    uint16_t reserved;
-    uint8_t *last_in;       /* the last writable byte if it is mapped, else NULL */
+    uint16_t last_in_set;   /* vpci_chain_set_last was called */
+    uint8_t *last_in;       /* the last writable byte if there is one in memory, else NULL */
     uint32_t used_len;      /* what vpci_chain_done was told */
     struct vpci_chain *next;/* for the lists of whoever holds it */
     uint64_t scratch[10];    /* the engine's own while it holds the chain */
@@ -97,8 +98,10 @@ void vpci_queue_read_stats(const vpci_queue *q, vpci_queue_stats *stats);
 /* The next chain, or NULL: nothing there, the queue is stopped, suspended or broken (see stats), or as many
  * chains are in flight as the ring has slots. */
 vpci_chain *vpci_ring_pop(vpci_queue *q);
-/* Write the used entry of a chain, and free it; not visible before publish. */
-void vpci_ring_push(vpci_queue *q, vpci_chain *chain, uint32_t len);
+/* Write the used entry of a chain, and free it; not visible before publish, and never once the ring is broken.
+ * Only for a started queue that is not suspended. Returns 0 when it was given up and the chain is still the caller's
+ * (far memory only), else 1. */
+int vpci_ring_push(vpci_queue *q, vpci_chain *chain, uint32_t len);
 /* Give a chain back without a used entry (the queue was stopped). */
 void vpci_ring_drop(vpci_queue *q, vpci_chain *chain);
 /* Make pushed entries visible. Returns 1 when the driver wants an interrupt for them. */
@@ -114,3 +117,5 @@ int vpci_need_event(uint16_t event, uint16_t new_idx, uint16_t old_idx);
 /* Copies between a chain and a buffer by byte position; return the bytes copied. */
 uint32_t vpci_chain_read(const vpci_chain *chain, uint32_t off, void *buf, uint32_t len);
 uint32_t vpci_chain_write(const vpci_chain *chain, uint32_t off, const void *buf, uint32_t len);
+/* Set the last writable byte, also of a chain with an error; nothing when it is not in memory. */
+void vpci_chain_set_last(vpci_chain *chain, uint8_t value);
