@@ -74,6 +74,10 @@ class Effects(list[Effect]):
         """A config change: ISR bit 1, or the config vector."""
         self._add("raise_config")
 
+    def max_fds(self, value: int) -> None:
+        """The most fds that the client takes in one message."""
+        self._add("max_fds", 0, value)
+
     def max_transfer(self, value: int) -> None:
         """The most bytes of data that the client takes in one message."""
         self._add("max_transfer", 0, value)

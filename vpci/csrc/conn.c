@@ -15,6 +15,7 @@ void conn_open(struct conn *c, int fd, uint32_t pid)
     c->pid = pid;
     c->versioned = c->hung_up = c->gone = false;
     c->rx_at = c->rx_end = c->tx_at = c->tx_end = 0;
+    c->n_tx_fds = 0;
     c->position = 0;
     c->armed = 0;
 }
@@ -205,6 +206,18 @@ bool conn_reply(struct conn *c, const struct vfu_header *request, uint32_t error
     return conn_request(c, &h, a, a_len, b, b_len);
 }
 
+bool conn_reply_fds(struct conn *c, const struct vfu_header *request, const void *a, size_t a_len, const void *b,
+                    size_t b_len, const int *fds, uint32_t n_fds)
+{
+    size_t at = c->tx_at == c->tx_end ? 0 : c->tx_end;
+    if (!conn_reply(c, request, 0, a, a_len, b, b_len))
+        return false;
+    c->tx_fds_at = at;
+    c->n_tx_fds = n_fds;
+    memcpy(c->tx_fds, fds, n_fds * sizeof(*fds));
+    return true;
+}
+
 /* Bytes [at, at + len) of the receive buffer go; what comes after them moves up in the stream, its fds too. */
 static void cut(struct conn *c, size_t at, size_t len)
 {
@@ -232,10 +245,34 @@ void conn_take_replies(struct conn *c, bool (*take)(struct vpci_dev *dev, const 
     }
 }
 
+/* What is before the byte with fds goes by itself, so that they come with the message that they belong to. */
+static ssize_t send_some(struct conn *c)
+{
+    union {
+        struct cmsghdr align;
+        char space[CMSG_SPACE(VFU_MAX_FDS * sizeof(int))];
+    } control;
+    bool with_fds = c->n_tx_fds && c->tx_at == c->tx_fds_at;
+    size_t end = c->n_tx_fds && c->tx_at < c->tx_fds_at ? c->tx_fds_at : c->tx_end;
+    struct iovec iov = {c->tx + c->tx_at, end - c->tx_at};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+    if (with_fds) {
+        msg.msg_control = &control;
+        msg.msg_controllen = CMSG_SPACE(c->n_tx_fds * sizeof(int));
+        struct cmsghdr *cm = CMSG_FIRSTHDR(&msg);
+        *cm = (struct cmsghdr){CMSG_LEN(c->n_tx_fds * sizeof(int)), SOL_SOCKET, SCM_RIGHTS};
+        memcpy(CMSG_DATA(cm), c->tx_fds, c->n_tx_fds * sizeof(int));
+    }
+    ssize_t n = sendmsg(c->fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n > 0 && with_fds)
+        c->n_tx_fds = 0;
+    return n;
+}
+
 void conn_send(struct conn *c)
 {
     while (c->fd >= 0 && c->tx_at < c->tx_end) {
-        ssize_t n = send(c->fd, c->tx + c->tx_at, c->tx_end - c->tx_at, MSG_DONTWAIT | MSG_NOSIGNAL);
+        ssize_t n = send_some(c);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno != EAGAIN)

@@ -38,6 +38,7 @@ CHECK_LAYOUT(struct vfu_irq_info, 16);
 CHECK_LAYOUT(struct vfu_region_info, 32);
 CHECK_LAYOUT(struct vfu_ioeventfd, 48);
 CHECK_LAYOUT(struct vfu_dma_access, 16);
+CHECK_LAYOUT(struct vfu_one_write, 24);
 
 /* ---- mem.c ---- */
 
@@ -138,6 +139,7 @@ struct vpci_queue {
     bool dirty;               /* pushed since the last publication */
     uint64_t kicks, ignored_kicks, interrupts;
     vpci_chain *done, **last_done; /* finished, to be pushed by the far thread */
+    int kick_fd;              /* an ioeventfd of the client's: readable = a kick; -1: it has none */
 };
 
 void vpci_ring_break(vpci_queue *q, uint16_t reason, uint16_t head, uint64_t addr);
@@ -160,6 +162,7 @@ struct vpci_irq {
     bool intx_disabled;      /* PCI command bit 10 */
     bool intx_masked;        /* by us after each edge, until the client unmasks; or by SET_IRQS */
     int intx_fd;
+    int unmask_fd;           /* readable: the client unmasks INTx; -1: it uses messages */
     uint16_t config_vector;
     uint32_t counts[VFU_IRQ_INDICES];
     uint32_t n_vectors;
@@ -177,6 +180,8 @@ void vpci_irq_clear(struct vpci_irq *irq);
 void vpci_irq_set_msix(struct vpci_irq *irq, bool enabled, bool function_mask);
 void vpci_irq_set_intx_disable(struct vpci_irq *irq, bool disabled);
 void vpci_irq_entry_mask(struct vpci_irq *irq, uint32_t vector, bool masked);
+void vpci_irq_unmask_intx(struct vpci_irq *irq);
+bool vpci_is_eventfd(int fd);
 void vpci_irq_forget_client(struct vpci_irq *irq);
 /* One SET_IRQS message. Takes the fds it keeps by setting them to -1. Returns 0 or an errno. */
 int vpci_irq_set(struct vpci_irq *irq, const struct vfu_irq_set *set, const uint8_t *data, size_t data_len,

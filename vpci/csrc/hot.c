@@ -61,6 +61,14 @@ bool hot_is_kick(const struct hot *hot, uint32_t off, uint32_t len)
     return len && hot->kick_width[off] == len;   /* an empty access may lie just behind the BAR */
 }
 
+bool hot_kick_place(const struct hot *hot, uint32_t *off, uint32_t *width)
+{
+    for (*off = 0; *off < hot->size; ++*off)
+        if ((*width = hot->kick_width[*off]))
+            return true;
+    return false;
+}
+
 void hot_set_notify(struct hot *hot, uint16_t value)
 {
     hot->notify = value;

@@ -3,10 +3,14 @@
  * about to write the eventfd that it replaced. Source: [legacy-header 7], [linux vfio.h]. */
 #include "core.h"
 
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+
 int vpci_irq_init(struct vpci_irq *irq, const uint32_t counts[VFU_IRQ_INDICES])
 {
     uint32_t n_vectors = counts[VFU_IRQ_MSIX];
-    *irq = (struct vpci_irq){.intx_fd = -1, .config_vector = VPCI_NO_VECTOR, .n_vectors = n_vectors};
+    *irq = (struct vpci_irq){.intx_fd = -1, .unmask_fd = -1, .config_vector = VPCI_NO_VECTOR, .n_vectors = n_vectors};
     memcpy(irq->counts, counts, sizeof(irq->counts));
     pthread_mutex_init(&irq->lock, NULL);
     irq->vectors = calloc(n_vectors ? n_vectors : 1, sizeof(*irq->vectors));
@@ -24,12 +28,25 @@ static void replace_fd(int *slot, int fd)
     *slot = fd;
 }
 
+/* A full counter is no loss: then the client has unseen edges enough. An eventfd that would wait for room is asked
+ * first, for the client may have made it so and we must never wait. */
 static void fire(int fd)
 {
     uint64_t one = 1;
-    /* EAGAIN means the counter is full: then the client has unseen edges enough. */
+    struct pollfd p = {.fd = fd, .events = POLLOUT};
+    if (!(fcntl(fd, F_GETFL) & O_NONBLOCK) && poll(&p, 1, 0) <= 0)
+        return;
     ssize_t n = write(fd, &one, sizeof(one));
     (void)n;
+}
+
+bool vpci_is_eventfd(int fd)
+{
+    char path[32], name[64];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(path, name, sizeof(name) - 1);
+    name[n > 0 ? n : 0] = 0;
+    return n <= 0 || strstr(name, "[eventfd]");   /* without /proc the client is believed */
 }
 
 static bool intx_level(const struct vpci_irq *irq)
@@ -194,11 +211,28 @@ static int trigger(struct vpci_irq *irq, const struct request *r)
     return 0;
 }
 
+/* The client may unmask INTx by an eventfd; the pump watches it. */
+static int set_unmask_fd(struct vpci_irq *irq, const struct request *r)
+{
+    replace_fd(&irq->unmask_fd, r->n_fds ? r->fds[0] : -1);
+    if (r->n_fds)
+        r->fds[0] = -1;
+    return 0;
+}
+
+void vpci_irq_unmask_intx(struct vpci_irq *irq)
+{
+    pthread_mutex_lock(&irq->lock);
+    irq->intx_masked = false;
+    intx_update(irq);
+    pthread_mutex_unlock(&irq->lock);
+}
+
 static int mask(struct vpci_irq *irq, const struct request *r)
 {
     bool masked = r->flags & VFU_IRQ_ACTION_MASK;
     if (r->flags & VFU_IRQ_DATA_EVENTFD)
-        return ENOTSUP;
+        return masked || r->index != VFU_IRQ_INTX ? ENOTSUP : set_unmask_fd(irq, r);
     for (uint32_t n = 0; n < r->count; n++)
         if (selected(r, n))
             set_mask(irq, r->index, r->start + n, masked);
@@ -238,6 +272,9 @@ static int check(const struct request *r, uint32_t n_irqs, size_t data_len)
         return EINVAL;
     if (r->n_fds && (!(r->flags & VFU_IRQ_DATA_EVENTFD) || r->n_fds != r->count))
         return EINVAL;
+    for (uint32_t i = 0; i < r->n_fds; i++)
+        if (!vpci_is_eventfd(r->fds[i]))
+            return EINVAL;
     return 0;
 }
 
@@ -263,6 +300,7 @@ void vpci_irq_forget_client(struct vpci_irq *irq)
 {
     pthread_mutex_lock(&irq->lock);
     replace_fd(&irq->intx_fd, -1);
+    replace_fd(&irq->unmask_fd, -1);
     irq->intx_masked = false;
     for (uint32_t i = 0; i < irq->n_vectors; i++) {
         replace_fd(&irq->vectors[i].fd, -1);

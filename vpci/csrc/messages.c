@@ -6,6 +6,8 @@
 
 void reply(struct vpci_dev *dev, uint32_t error, const void *a, size_t a_len, const void *b, size_t b_len)
 {
+    if (dev->multi.n && !dev->multi.error)
+        dev->multi.error = error;
     if (!conn_reply(&dev->conn, &dev->request, error, a, a_len, b, b_len)) {
         pump_note(dev, (vpci_event){.note = VPCI_NOTE_PROTOCOL, .a = VPCI_WHY_MEMORY});
         dev->conn.gone = true;
@@ -166,12 +168,122 @@ static void set_irqs(struct vpci_dev *dev, struct message *m)
 {
     struct vfu_irq_set set;
     memcpy(&set, m->data, sizeof(set));
+    pump_unwatch_unmask(dev);
     int error = set.argsz < sizeof(set) ? EINVAL
                 : vpci_irq_set(&dev->irq, &set, m->data + sizeof(set), m->len - sizeof(set), m->fds, m->n_fds);
     if (error)
         refuse(dev, (uint32_t)error, VPCI_WHY_IRQ, set.index);
     else
         succeed(dev, NULL, 0);
+    pump_watch_unmask(dev);
+}
+
+/* ---- kicks without a message ---- */
+
+static uint32_t n_ioeventfds(const struct vpci_dev *dev, uint32_t region)
+{
+    uint32_t n = region == VFU_REGION_BAR0 && dev->ioeventfds ? dev->n_queues : 0;
+    uint32_t max = dev->max_fds < VFU_MAX_FDS ? dev->max_fds : VFU_MAX_FDS;
+    return n < max ? n : max;
+}
+
+static bool make_kick_fds(struct vpci_dev *dev, uint32_t n, int *fds)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        vpci_queue *q = dev->queues[i];
+        if (q->kick_fd < 0)
+            pump_watch_kick(dev, q);
+        if ((fds[i] = q->kick_fd) < 0)
+            return false;
+    }
+    return true;
+}
+
+/* One eventfd a queue: a write of its index to queue_notify. Tells how much room it needs when there is too little. */
+static void get_region_io_fds(struct vpci_dev *dev, struct message *m)
+{
+    struct vfu_region_io_fds io;
+    struct vfu_ioeventfd subs[VFU_MAX_FDS] = {0};
+    int fds[VFU_MAX_FDS];
+    uint32_t off, width;
+    memcpy(&io, m->data, sizeof(io));
+    if (io.argsz < sizeof(io) || io.flags || io.count || io.index >= VFU_REGION_INDICES) {
+        refuse(dev, EINVAL, VPCI_WHY_REGION, (uint64_t)io.index << 56);
+        return;
+    }
+    uint32_t room = io.argsz, n = n_ioeventfds(dev, io.index);
+    n = n && hot_kick_place(&dev->hot, &off, &width) ? n : 0;
+    io.count = n;
+    io.argsz = (uint32_t)(sizeof(io) + n * sizeof(subs[0]));
+    if (!n || room < io.argsz) {
+        succeed(dev, &io, sizeof(io));
+        return;
+    }
+    for (uint32_t i = 0; i < n; i++)
+        subs[i] = (struct vfu_ioeventfd){.offset = off, .size = width, .fd_index = i, .flags = VFU_IOEVENTFD_DATAMATCH,
+                                         .datamatch = i};
+    if (!make_kick_fds(dev, n, fds))
+        refuse(dev, EMFILE, VPCI_WHY_MEMORY, n);
+    else if (!conn_reply_fds(&dev->conn, &dev->request, &io, sizeof(io), subs, n * sizeof(subs[0]), fds, n))
+        dev->conn.gone = true;
+}
+
+/* ---- several writes in one message ---- */
+
+static bool are_sound(const struct vfu_one_write *writes, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++)
+        if (writes[i].count > sizeof(writes[i].data))
+            return false;
+    return true;
+}
+
+static void region_write_multi(struct vpci_dev *dev, struct message *m)
+{
+    struct vfu_write_multi head;
+    memcpy(&head, m->data, sizeof(head));
+    size_t bytes = m->len - sizeof(head);
+    struct vfu_one_write *writes = bytes ? malloc(bytes) : NULL;
+    if (writes)
+        memcpy(writes, m->data + sizeof(head), bytes);
+    if (!writes || bytes % sizeof(*writes) || head.count != bytes / sizeof(*writes) || !are_sound(writes, head.count)) {
+        free(writes);
+        refuse(dev, EINVAL, VPCI_WHY_SHORT, sizeof(head) + head.count * sizeof(*writes));
+        return;
+    }
+    dev->multi = (struct multi){.request = m->h, .writes = writes, .n = head.count};
+}
+
+static void finish_multi(struct vpci_dev *dev)
+{
+    struct vfu_write_multi head = {dev->multi.n};
+    dev->request = dev->multi.request;
+    free(dev->multi.writes);
+    dev->multi.writes = NULL;
+    dev->multi.n = 0;
+    if (dev->multi.error)
+        reply(dev, dev->multi.error, NULL, 0, NULL, 0);
+    else
+        succeed(dev, &head, sizeof(head));
+}
+
+bool message_go_on(struct vpci_dev *dev)
+{
+    struct multi *multi = &dev->multi;
+    if (!multi->n)
+        return false;
+    if (multi->next == multi->n) {
+        finish_multi(dev);
+        return true;
+    }
+    const struct vfu_one_write *w = &multi->writes[multi->next++];
+    struct message m = {
+        .h = {.command = VFU_REGION_WRITE, .flags = VFU_F_NO_REPLY},
+        .data = (const uint8_t *)w, .len = (uint32_t)(sizeof(struct vfu_region_access) + w->count),
+    };
+    dev->request = m.h;
+    region_write(dev, &m);
+    return true;
 }
 
 /* ---- the table of commands ---- */
@@ -191,13 +303,13 @@ static const struct command {
     [VFU_DMA_UNMAP] = {dma_unmap, sizeof(struct vfu_dma_unmap), false},
     [VFU_DEVICE_GET_INFO] = {to_python, sizeof(struct vfu_device_info), false},
     [VFU_DEVICE_GET_REGION_INFO] = {to_python, sizeof(struct vfu_region_info), false},
-    [VFU_DEVICE_GET_REGION_IO_FDS] = {not_supported, 0, false},
+    [VFU_DEVICE_GET_REGION_IO_FDS] = {get_region_io_fds, sizeof(struct vfu_region_io_fds), false},
     [VFU_DEVICE_GET_IRQ_INFO] = {to_python, sizeof(struct vfu_irq_info), false},
     [VFU_DEVICE_SET_IRQS] = {set_irqs, sizeof(struct vfu_irq_set), false},
     [VFU_REGION_READ] = {region_read, sizeof(struct vfu_region_access), false},
     [VFU_REGION_WRITE] = {region_write, sizeof(struct vfu_region_access), false},
     [VFU_DEVICE_RESET] = {to_python, 0, false},
-    [VFU_REGION_WRITE_MULTI] = {not_supported, 0, false},
+    [VFU_REGION_WRITE_MULTI] = {region_write_multi, sizeof(struct vfu_write_multi), false},
     [VFU_DEVICE_FEATURE] = {not_supported, 0, false},
     [VFU_MIG_DATA_READ] = {not_supported, 0, false},
     [VFU_MIG_DATA_WRITE] = {not_supported, 0, false},

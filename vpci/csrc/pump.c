@@ -4,8 +4,10 @@
  * Work goes down to messages.c and to the engines; finished chains come back through mailbox.c. */
 #include "pump.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <time.h>
 
@@ -281,6 +283,12 @@ static void fx_max_transfer(struct vpci_dev *dev, vpci_queue *q, const vpci_effe
     dev->far.max_len = fx->value < FAR_PIECE ? (uint32_t)fx->value : FAR_PIECE;
 }
 
+static void fx_max_fds(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
+{
+    (void)q;
+    dev->max_fds = (uint32_t)fx->value;
+}
+
 static const struct {
     void (*run)(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx);
     bool needs_queue;
@@ -300,6 +308,7 @@ static const struct {
     [VPCI_FX_RAISE_CONFIG] = {fx_raise_config, false},
     [VPCI_FX_KICK] = {fx_kick, false},
     [VPCI_FX_MAX_TRANSFER] = {fx_max_transfer, false},
+    [VPCI_FX_MAX_FDS] = {fx_max_fds, false},
 };
 
 static void apply(struct vpci_dev *dev, const struct order *o)
@@ -338,6 +347,61 @@ static void take_orders(struct vpci_dev *dev, struct order *o)
         apply(dev, o);
         order_free(o);
     }
+}
+
+/* ---- the client's eventfds ---- */
+
+static int watch(vpci_dev *dev, int fd)
+{
+    struct epoll_event ev = {.events = EPOLLIN, .data.fd = fd};
+    return epoll_ctl(dev->epoll_fd, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
+}
+
+void pump_watch_kick(struct vpci_dev *dev, vpci_queue *q)
+{
+    q->kick_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (q->kick_fd >= 0 && watch(dev, q->kick_fd) < 0) {
+        close(q->kick_fd);
+        q->kick_fd = -1;
+    }
+}
+
+/* The client has these eventfds too: closing ours alone would leave them in the epoll set, and it awake for ever. */
+static void forget(struct vpci_dev *dev, int *fd)
+{
+    if (*fd >= 0)
+        epoll_ctl(dev->epoll_fd, EPOLL_CTL_DEL, *fd, NULL);
+    *fd = -1;
+}
+
+void pump_unwatch_unmask(struct vpci_dev *dev)
+{
+    forget(dev, &dev->watched_unmask_fd);
+}
+
+/* Reading it must never wait: the client may have emptied it since epoll told us. */
+void pump_watch_unmask(struct vpci_dev *dev)
+{
+    int fd = dev->irq.unmask_fd;
+    if (fd < 0 || fd == dev->watched_unmask_fd)
+        return;
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    watch(dev, fd);
+    dev->watched_unmask_fd = fd;
+}
+
+static void forget_eventfds(struct vpci_dev *dev)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++) {
+        int fd = dev->queues[i]->kick_fd;
+        forget(dev, &dev->queues[i]->kick_fd);
+        if (fd >= 0)
+            close(fd);
+    }
+    pump_unwatch_unmask(dev);
+    vpci_irq_forget_client(&dev->irq);
+    free(dev->multi.writes);
+    dev->multi = (struct multi){0};
 }
 
 /* ---- operations ---- */
@@ -392,7 +456,7 @@ static void finish_closing(struct vpci_dev *dev)
     for (uint32_t i = 0; i < dev->n_queues; i++)
         fx_queue_stop(dev, dev->queues[i], NULL);
     vpci_mem_clear(dev->mem);
-    vpci_irq_forget_client(&dev->irq);
+    forget_eventfds(dev);
     dev->request = (struct vfu_header){.flags = VFU_F_NO_REPLY};
     pump_begin(dev, OP_PYTHON);
     mailbox_message(&dev->box, &(vpci_event){.kind = VPCI_EVENT_CLIENT_GONE, .pid = dev->conn.pid});
@@ -513,14 +577,19 @@ static void receive(struct vpci_dev *dev)
         lose_stream(dev, (uint64_t)why, detail);
 }
 
+static bool may_execute(const struct vpci_dev *dev)
+{
+    return dev->op == OP_NONE && dev->conn.fd >= 0 && !conn_congested(&dev->conn);
+}
+
 static void execute_messages(struct vpci_dev *dev)
 {
     struct message m;
     uint64_t detail = 0;
-    int got = 0;
-    while (dev->op == OP_NONE && dev->conn.fd >= 0 && !conn_congested(&dev->conn) &&
-           (got = conn_next(&dev->conn, &m, &detail)) > 0)
-        message_execute(dev, &m);
+    int got = 1;
+    while (may_execute(dev) && got > 0)
+        if (!message_go_on(dev) && (got = conn_next(&dev->conn, &m, &detail)) > 0)
+            message_execute(dev, &m);
     if (got < 0)
         lose_stream(dev, (uint64_t)-got, detail);
 }
@@ -584,12 +653,32 @@ static int sleep_ms(const struct vpci_dev *dev, bool more)
     return waited < until ? (int)(until - waited) : 0;
 }
 
+/* Take an eventfd's count. Returns false when there was none. */
+static bool take_count(int fd)
+{
+    uint64_t count;
+    return read(fd, &count, sizeof(count)) == sizeof(count);
+}
+
+static void take_kicks(struct vpci_dev *dev, int fd)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        if (dev->queues[i]->kick_fd == fd && take_count(fd))
+            pump_kick(dev, i);
+}
+
 static void take_event(struct vpci_dev *dev, const struct epoll_event *ev)
 {
     if (ev->data.fd == dev->listen_fd)
         accept_client(dev);
-    else if (ev->data.fd == dev->conn.fd && ev->events & (EPOLLIN | EPOLLHUP | EPOLLERR))
-        receive(dev);
+    else if (ev->data.fd == dev->conn.fd) {
+        if (ev->events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+            receive(dev);
+    } else if (ev->data.fd == dev->watched_unmask_fd) {
+        if (take_count(ev->data.fd))
+            vpci_irq_unmask_intx(&dev->irq);
+    } else
+        take_kicks(dev, ev->data.fd);
 }
 
 static void take_mail(struct vpci_dev *dev)
@@ -658,16 +747,11 @@ static int make_queues(vpci_dev *dev, const vpci_dev_setup *setup)
         q->index = (uint16_t)i;
         q->engine = setup->queues[i].engine;
         q->engine_state = setup->queues[i].engine_state;
+        q->kick_fd = -1;
         far_adopt(dev, q);
         dev->queues[dev->n_queues++] = q;
     }
     return dev->queues ? 0 : -ENOMEM;
-}
-
-static int watch(vpci_dev *dev, int fd)
-{
-    struct epoll_event ev = {.events = EPOLLIN, .data.fd = fd};
-    return epoll_ctl(dev->epoll_fd, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
 }
 
 vpci_dev *vpci_dev_new(const vpci_dev_setup *setup)
@@ -681,7 +765,9 @@ vpci_dev *vpci_dev_new(const vpci_dev_setup *setup)
     memcpy(dev->region_sizes, setup->region_sizes, sizeof(dev->region_sizes));
     dev->cancel_ms = setup->cancel_ms;
     dev->close_ms = setup->close_ms;
-    dev->listen_fd = -1;
+    dev->listen_fd = dev->watched_unmask_fd = -1;
+    dev->max_fds = 1;
+    dev->ioeventfds = setup->ioeventfds;
     dev->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     dev->mem = vpci_mem_new();
     int rc = mailbox_init(&dev->box);
@@ -716,6 +802,8 @@ void vpci_dev_free(vpci_dev *dev)
         pthread_join(dev->thread, NULL);
     far_fini(dev);
     conn_fini(&dev->conn);
+    if (dev->irq.vectors)
+        forget_eventfds(dev);
     for (uint32_t i = 0; i < dev->n_queues; i++)
         vpci_queue_free(dev->queues[i]);
     free(dev->queues);

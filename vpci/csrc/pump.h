@@ -30,6 +30,9 @@ struct conn {
     uint32_t n_held;
     uint8_t *tx;
     size_t tx_at, tx_end, tx_cap;
+    size_t tx_fds_at;       /* the byte of tx that the fds go with */
+    int tx_fds[VFU_MAX_FDS];
+    uint32_t n_tx_fds;
     uint32_t armed;         /* epoll events asked for now */
 };
 
@@ -55,6 +58,9 @@ void message_close(struct message *m);
 /* Queue a reply: the parts follow each other. Returns false when memory is short. */
 bool conn_reply(struct conn *c, const struct vfu_header *request, uint32_t error, const void *a, size_t a_len,
                 const void *b, size_t b_len);
+/* The same with fds, which stay the caller's and must live until they are sent or the connection is closed. */
+bool conn_reply_fds(struct conn *c, const struct vfu_header *request, const void *a, size_t a_len, const void *b,
+                    size_t b_len, const int *fds, uint32_t n_fds);
 void conn_send(struct conn *c);
 bool conn_congested(const struct conn *c);
 
@@ -110,6 +116,8 @@ void hot_install(struct hot *hot, const vpci_hot_row *rows, uint32_t n_rows);
 bool hot_covers_isr(const struct hot *hot, uint32_t off, uint32_t len);
 void hot_read(const struct hot *hot, uint32_t off, uint32_t len, uint32_t isr, uint8_t *out);
 bool hot_is_kick(const struct hot *hot, uint32_t off, uint32_t len);
+/* Where kicks go. False when the table has no such place. */
+bool hot_kick_place(const struct hot *hot, uint32_t *off, uint32_t *width);
 void hot_set_notify(struct hot *hot, uint16_t value);
 
 /* ---- mailbox.c: to Python and back ---- */
@@ -193,6 +201,15 @@ struct vpci_dev {
     struct vfu_header request;         /* the header of the message in execution */
     struct order *answer;              /* OP_DRAIN */
     struct vfu_dma_unmap unmap;        /* OP_UNMAP */
+    struct multi {                     /* a REGION_WRITE_MULTI in execution, one write after the other */
+        struct vfu_header request;
+        struct vfu_one_write *writes;
+        uint64_t n, next;              /* n 0: none */
+        uint32_t error;                /* the first one */
+    } multi;
+    uint32_t max_fds;                  /* that the client takes in one message */
+    bool ioeventfds;                   /* a kick has one place in every state of the layout */
+    int watched_unmask_fd;
     uint8_t *python_data;              /* the payload that Python is looking at */
 
     pthread_mutex_t awake;             /* held by whoever works on the device: the pump while it is not asleep, the
@@ -201,6 +218,10 @@ struct vpci_dev {
     uint64_t features;
 };
 
+/* The client may have given an eventfd by which it unmasks INTx. */
+void pump_watch_unmask(struct vpci_dev *dev);
+void pump_unwatch_unmask(struct vpci_dev *dev);
+void pump_watch_kick(struct vpci_dev *dev, vpci_queue *q);
 void pump_note(struct vpci_dev *dev, vpci_event note);
 void pump_kick(struct vpci_dev *dev, uint32_t queue_index);
 void pump_begin(struct vpci_dev *dev, enum op op);
@@ -213,6 +234,8 @@ bool pump_unmap_is_ready(struct vpci_dev *dev);
 /* ---- messages.c ---- */
 
 void message_execute(struct vpci_dev *dev, struct message *m);
+/* Go on with a REGION_WRITE_MULTI. Returns false when there is none. */
+bool message_go_on(struct vpci_dev *dev);
 void message_finish_unmap(struct vpci_dev *dev);
 void reply(struct vpci_dev *dev, uint32_t error, const void *a, size_t a_len, const void *b, size_t b_len);
 

@@ -166,6 +166,7 @@ class Server:
         setup.max_sg = self.device.settings.max_sg
         setup.region_sizes = [region.size for region in self.function.regions]
         setup.irq_counts = list(self.function.irq_counts)
+        setup.ioeventfds = self.device.kick_is_fixed
         setup.cancel_ms, setup.close_ms = CANCEL_MS, CLOSE_MS
         self._keep_alive = queues
         return setup

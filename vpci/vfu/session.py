@@ -58,9 +58,15 @@ class Session:
         if major != wire.VERSION[0]:
             raise ClientError("VERSION", "major", errno.EINVAL, f"{major}.{minor}", f"{wire.VERSION[0]}.x")
         self.capabilities, self.versioned = capabilities, True
-        fx.max_transfer(max(1, capabilities.get("max_data_xfer_size", lib.VFU_MAX_DATA)))
+        fx.max_transfer(max(1, min(capabilities.get("max_data_xfer_size", lib.VFU_MAX_DATA), lib.VFU_MAX_DATA)))
+        fx.max_fds(min(capabilities.get("max_msg_fds", 1), lib.VFU_MAX_FDS))
         return wire.version_reply(
-            {"max_msg_fds": lib.VFU_MAX_FDS, "max_data_xfer_size": lib.VFU_MAX_DATA, "pgsizes": 4096}
+            {
+                "max_msg_fds": lib.VFU_MAX_FDS,
+                "max_data_xfer_size": lib.VFU_MAX_DATA,
+                "pgsizes": 4096,
+                "write_multiple": True,
+            }
         )
 
     def _get_info(self, payload: bytes, _fx: Effects) -> bytes:

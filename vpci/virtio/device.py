@@ -96,6 +96,13 @@ class Device:
         msix = "msix" in self.dialect.conditions and self.msix_enabled
         return self.layout.resolve(msix, self.hi_present, self.settings.hi_place)
 
+    @property
+    def kick_is_fixed(self) -> bool:
+        """Whether queue_notify is in one place whatever MSI-X and the high words do: then an eventfd may stand for it."""
+        states = [(msix, hi) for msix in (False, True) for hi in (False, True)]
+        fields = [self.layout.resolve(*state, self.settings.hi_place).by_name.get("queue_notify") for state in states]
+        return fields[0] is not None and len({(field.offset, field.width) for field in fields if field}) == 1
+
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def bar_read(self, off: int, count: int) -> bytes:

@@ -15,6 +15,7 @@ typedef struct vpci_dev_setup {
     uint32_t max_sg;
     uint64_t region_sizes[9];  /* enum vfu_region_index */
     uint32_t irq_counts[5];    /* enum vfu_irq_index; MSI-X's is the table size */
+    uint32_t ioeventfds;       /* kicks have one place in every state of the layout: GET_REGION_IO_FDS offers it */
     uint32_t cancel_ms;        /* a drain cancels what it can after this long */
     uint32_t close_ms;         /* and gives the connection up after this long */
 } vpci_dev_setup;
@@ -46,6 +47,7 @@ enum vpci_effect_op {
     VPCI_FX_NOTIFY_RESET,
     VPCI_FX_RAISE_CONFIG,
     VPCI_FX_KICK,
+    VPCI_FX_MAX_FDS,          /* fds in one message that the client takes */
     VPCI_FX_MAX_TRANSFER,     /* bytes of data in one message that the client takes */
     VPCI_FX_OPS
 };

@@ -74,6 +74,18 @@ struct vfu_region_access {
     /* data of count bytes: in a write and in the reply to a read */
 };
 
+struct vfu_write_multi {
+    uint64_t count;
+    /* count times struct vfu_one_write follow */
+};
+
+struct vfu_one_write {
+    uint64_t offset;
+    uint32_t region;
+    uint32_t count;   /* of the bytes of data that count, 8 at most */
+    uint64_t data;
+};
+
 struct vfu_dma_map {
     uint32_t argsz;
     uint32_t flags;
@@ -163,6 +175,8 @@ enum vfu_region_index {
     VFU_REGION_VGA = 8,
     VFU_REGION_INDICES = 9
 };
+
+enum vfu_ioeventfd_flag { VFU_IOEVENTFD_DATAMATCH = 1 };
 
 enum vfu_limit {
     VFU_MAX_FDS = 16,            /* fds in one message that we take; QEMU refuses to hear of more */
