@@ -16,9 +16,6 @@ def test_a_command_that_is_not_served_is_refused(client, command, payload):
     assert refused(client, command, payload) > 0
 
 
-def test_region_io_fds_are_refused_or_none(client):
-    assert refused(client, lib.VFU_DEVICE_GET_REGION_IO_FDS, struct.pack("<IIII", 16, 0, 0, 0)) > 0
-
 
 @pytest.mark.parametrize("size", [0, 1, 15, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_a_size_that_cannot_be_ends_the_connection(disk_server, size):

@@ -138,6 +138,7 @@ struct vpci_queue {
     bool draining;            /* finished work is dropped, nothing is fetched */
     bool dirty;               /* pushed since the last publication */
     uint64_t kicks, ignored_kicks, interrupts;
+    uint64_t noted_errors;
     vpci_chain *done, **last_done; /* finished, to be pushed by the far thread */
     int kick_fd;              /* an ioeventfd of the client's: readable = a kick; -1: it has none */
 };

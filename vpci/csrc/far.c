@@ -157,7 +157,7 @@ static void push_done(vpci_queue *q)
 
 static bool has_work(const struct vpci_dev *dev, const vpci_queue *q)
 {
-    if (dev->op == OP_UNMAP || q->suspended || q->draining)
+    if (must_unwind(dev, q) || q->suspended)
         return false;
     return q->done || (q->needs_far && (q->dirty || pump_may_fetch(dev, q)));
 }
@@ -170,18 +170,21 @@ static vpci_queue *next_queue(const struct vpci_dev *dev)
     return NULL;
 }
 
-static void work(struct vpci_dev *dev, vpci_queue *q)
+/* Returns whether it came through without giving anything up. */
+static bool work(struct vpci_dev *dev, vpci_queue *q)
 {
     q->on_far_thread = true;
     q->unwound = false;
     push_done(q);
     if (!q->unwound)
         pump_look(dev, q);
+    bool came_through = !q->unwound;
     q->on_far_thread = false;
     q->unwound = false;
     if (q->draining)
         drop_done(q);
     mailbox_wake(&dev->box);   /* the pump may be waiting for just this */
+    return came_through;
 }
 
 static void *run(void *arg)
@@ -190,9 +193,8 @@ static void *run(void *arg)
     pthread_mutex_lock(&dev->awake);
     while (!dev->far.ending) {
         vpci_queue *q = next_queue(dev);
-        if (q)
-            work(dev, q);
-        else
+        /* What was given up is tried again when something has changed; until then the lock is the pump's. */
+        if (!q || !work(dev, q))
             pthread_cond_wait(&dev->far.changed, &dev->awake);
     }
     pthread_mutex_unlock(&dev->awake);

@@ -174,12 +174,16 @@ void vpci_dev_stop(vpci_dev *dev)
     mailbox_wake(&dev->box);
 }
 
-void mailbox_collect(struct mailbox *box, struct order **orders, vpci_chain **done, bool *stop)
+/* Before the lists are taken: who adds to them after that writes the counter again, and we wake again. */
+void mailbox_woken(struct mailbox *box)
 {
     uint64_t count;
-    /* The counter is taken before the lists: who adds after us writes it again, and we wake again. */
     ssize_t n = read(box->wake_fd, &count, sizeof(count));
     (void)n;
+}
+
+void mailbox_collect(struct mailbox *box, struct order **orders, vpci_chain **done, bool *stop)
+{
     pthread_mutex_lock(&box->lock);
     *orders = box->orders;
     *done = box->done;

@@ -114,7 +114,7 @@ static void dma_map(struct vpci_dev *dev, struct message *m)
     struct vfu_dma_map map;
     memcpy(&map, m->data, sizeof(map));
     int fd = m->n_fds ? m->fds[0] : -1;
-    int rc = m->n_fds > 1 || map.argsz < sizeof(map) ? -EINVAL
+    int rc = m->n_fds > 1 || map.argsz < sizeof(map) || map.flags & ~(uint32_t)VFU_DMA_MAP_FLAGS ? -EINVAL
              : vpci_mem_map(dev->mem, map.addr, map.size, fd, map.offset,
                             map.flags & (VFU_DMA_READABLE | VFU_DMA_WRITABLE));
     if (rc < 0) {

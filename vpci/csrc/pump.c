@@ -41,8 +41,12 @@ void pump_begin(struct vpci_dev *dev, enum op op)
 
 /* ---- queues ---- */
 
-static void note_ring_error(struct vpci_dev *dev, const vpci_queue *q)
+/* Once an error, whoever met it: a kick, a look, a used entry, the far thread. */
+static void note_ring_error(struct vpci_dev *dev, vpci_queue *q)
 {
+    if (q->noted_errors == q->ring_errors)
+        return;
+    q->noted_errors = q->ring_errors;
     pump_note(dev, (vpci_event){.note = VPCI_NOTE_RING_ERROR, .queue = q->index, .a = q->broken, .b = q->broken_head,
                                 .c = q->broken_addr});
 }
@@ -55,10 +59,8 @@ void pump_kick(struct vpci_dev *dev, uint32_t queue_index)
         return;
     }
     q->kicks++;
-    if (q->suspended && !q->broken) {
+    if (q->suspended)
         vpci_ring_break(q, VPCI_RING_UNMAPPED, 0, (uint64_t)q->pfn << PAGE_SHIFT);
-        note_ring_error(dev, q);
-    }
     q->runnable = !q->broken;
 }
 
@@ -102,7 +104,7 @@ static void publish(struct vpci_dev *dev, vpci_queue *q)
 bool pump_may_fetch(const struct vpci_dev *dev, const vpci_queue *q)
 {
     return q->runnable && !q->draining && !dev->held_by_bus_master && dev->op != OP_UNMAP && dev->op != OP_CLOSING &&
-           dev->op != OP_STOPPING;
+           dev->op != OP_STOPPING && dev->op != OP_ENDED;
 }
 
 /* Fetch until the ring is empty or the look is over. Returns true when it is empty (or can give nothing now). */
@@ -125,13 +127,10 @@ static bool fetch(vpci_queue *q)
 /* One look at a ring, by the thread that has the queue. Stopped in the middle (far memory), it stays runnable. */
 void pump_look(struct vpci_dev *dev, vpci_queue *q)
 {
-    uint16_t was_broken = q->broken;
     vpci_ring_busy(q);
     bool empty = pump_may_fetch(dev, q) && fetch(q);
     if (q->dirty && !q->unwound)
         publish(dev, q);
-    if (q->broken && !was_broken)
-        note_ring_error(dev, q);
     bool full = q->in_flight == q->size;   /* the next chain to finish makes it runnable */
     if (empty && !q->unwound)
         q->runnable = !full && vpci_ring_idle(q);
@@ -163,6 +162,7 @@ static bool look_at_rings(struct vpci_dev *dev)
             more |= look_here(dev, q);
         else if (pump_may_fetch(dev, q) || q->dirty)
             far_start(dev);
+        note_ring_error(dev, q);
     }
     return more;
 }
@@ -344,6 +344,8 @@ static void take_orders(struct vpci_dev *dev, struct order *o)
             begin_drain(dev, o);
             continue;
         }
+        if (dev->answer && o->n_rows)
+            dev->answer->n_rows = 0;   /* made later than the answer that waits, and whole */
         apply(dev, o);
         order_free(o);
     }
@@ -486,7 +488,8 @@ static void cancel_what_can_be(struct vpci_dev *dev)
     pump_note(dev, (vpci_event){.note = VPCI_NOTE_CANCEL, .a = in_flight(dev, false)});
     for (uint32_t i = 0; i < dev->n_queues; i++) {
         vpci_queue *q = dev->queues[i];
-        if (q->in_flight && q->engine->cancel)
+        bool waited_for = q->draining || dev->op != OP_DRAIN || dev->held_by_bus_master;
+        if (waited_for && q->in_flight && q->engine->cancel)
             q->engine->cancel(q->engine_state, q->index);
     }
 }
@@ -497,7 +500,7 @@ static void give_up(struct vpci_dev *dev)
     dev->op_given_up = true;
     pump_note(dev, (vpci_event){.note = VPCI_NOTE_STUCK, .a = in_flight(dev, false)});
     conn_close(&dev->conn);
-    dev->conn.gone = true;
+    dev->conn.gone = dev->op != OP_CLOSING;
     if (dev->op == OP_STOPPING)
         finish_stopping(dev);
 }
@@ -669,7 +672,9 @@ static void take_kicks(struct vpci_dev *dev, int fd)
 
 static void take_event(struct vpci_dev *dev, const struct epoll_event *ev)
 {
-    if (ev->data.fd == dev->listen_fd)
+    if (ev->data.fd == dev->box.wake_fd)
+        mailbox_woken(&dev->box);
+    else if (ev->data.fd == dev->listen_fd)
         accept_client(dev);
     else if (ev->data.fd == dev->conn.fd) {
         if (ev->events & (EPOLLIN | EPOLLHUP | EPOLLERR))
@@ -695,6 +700,8 @@ static void begin_stopping(struct vpci_dev *dev)
 {
     if (dev->stop && dev->op == OP_NONE)
         pump_begin(dev, OP_STOPPING);
+    else if (dev->stop && dev->op_given_up)
+        finish_stopping(dev);
 }
 
 /* One turn of the loop, awake. Returns whether there is more to do without sleeping. */
@@ -706,9 +713,9 @@ static bool turn(struct vpci_dev *dev)
     watch_the_clock(dev);
     while (op_is_ready(dev))
         op_finish(dev);
-    begin_stopping(dev);
     execute_all(dev);
     conn_send(&dev->conn);
+    begin_stopping(dev);
     bool more = look_at_rings(dev);
     end_connection(dev);
     more |= op_is_ready(dev);

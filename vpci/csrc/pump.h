@@ -157,6 +157,8 @@ void mailbox_wake(struct mailbox *box);
 void mailbox_note(struct mailbox *box, const vpci_event *note);
 void mailbox_message(struct mailbox *box, const vpci_event *message);
 void mailbox_end(struct mailbox *box);
+/* The wake-up was noticed. */
+void mailbox_woken(struct mailbox *box);
 /* Take what other threads left. */
 void mailbox_collect(struct mailbox *box, struct order **orders, vpci_chain **done, bool *stop);
 void order_free(struct order *order);

@@ -138,7 +138,11 @@ enum vfu_device_flag { VFU_DEVICE_RESETS = 1, VFU_DEVICE_PCI = 2 };
 
 enum vfu_region_flag { VFU_REGION_READABLE = 1, VFU_REGION_WRITABLE = 2 };
 
-enum vfu_dma_flag { VFU_DMA_READABLE = 1, VFU_DMA_WRITABLE = 2 };
+enum vfu_dma_flag {
+    VFU_DMA_READABLE = 1,
+    VFU_DMA_WRITABLE = 2,
+    VFU_DMA_MAP_FLAGS = 0xf   /* with the hints that the protocol once had: mmap, file I/O */
+};
 
 enum vfu_dma_unmap_flag { VFU_DMA_UNMAP_DIRTY = 1, VFU_DMA_UNMAP_ALL = 2 };
 
