@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = Path("vpci/csrc")
 #: The border: each header needs those before it. cffi and the C compiler read the same text.
 API = ("wire", "mem", "ring", "irq", "engine", "dev", "blk")
-SOURCES = ("mem", "ring", "irq", "pool", "handoff", "blk", "hot", "conn", "mailbox", "messages", "far", "fault", "pump")
+SOURCES = ("mem", "ring", "irq", "pool", "handoff", "blk", "hot", "conn", "mailbox", "messages", "far", "fault", "effects", "pump", "dev")
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-fvisibility=hidden"]
 #: What cffi itself generates is not ours to make free of these.
 CFFI_CFLAGS = ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-cast-function-type"]

@@ -184,144 +184,7 @@ static uint64_t in_flight(const struct vpci_dev *dev, bool draining_only)
     return n;
 }
 
-/* ---- effects ---- */
-
-static void fx_queue_stop(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)dev, (void)fx;
-    vpci_queue_stop(q);
-    q->draining = q->runnable = q->dirty = false;
-}
-
-static void fx_queue_start(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)dev;
-    vpci_queue_start(q, (uint32_t)fx->value);
-    q->runnable = false;
-}
-
-static void fx_features(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    dev->features = fx->value;
-    for (uint32_t i = 0; i < dev->n_queues; i++)
-        if (dev->queues[i]->engine->features)
-            dev->queues[i]->engine->features(dev->queues[i]->engine_state, fx->value);
-}
-
-static void fx_ring_rules(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    for (uint32_t i = 0; i < dev->n_queues; i++)
-        vpci_queue_rules(dev->queues[i], (uint32_t)fx->value);
-}
-
-static void fx_queue_vector(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)dev;
-    q->vector = (uint16_t)fx->value;
-}
-
-static void fx_config_vector(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    dev->irq.config_vector = (uint16_t)fx->value;
-}
-
-static void fx_msix(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    vpci_irq_set_msix(&dev->irq, fx->value & 1, fx->value >> 1 & 1);
-}
-
-static void fx_intx_disable(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    vpci_irq_set_intx_disable(&dev->irq, fx->value);
-}
-
-static void fx_bus_master(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    dev->held_by_bus_master = !fx->value;
-}
-
-static void fx_vector_mask(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    vpci_irq_entry_mask(&dev->irq, fx->queue, fx->value);
-}
-
-static void fx_isr_clear(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q, (void)fx;
-    vpci_irq_clear(&dev->irq);
-}
-
-static void fx_notify_reset(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q, (void)fx;
-    hot_set_notify(&dev->hot, 0);
-}
-
-static void fx_raise_config(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q, (void)fx;
-    dev->stats.config_interrupts += vpci_irq_raise(&dev->irq, dev->irq.config_vector, VPCI_ISR_CONFIG);
-}
-
-static void fx_kick(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    hot_set_notify(&dev->hot, (uint16_t)fx->queue);
-    pump_kick(dev, fx->queue);
-}
-
-static void fx_max_transfer(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    dev->far.max_len = fx->value < FAR_PIECE ? (uint32_t)fx->value : FAR_PIECE;
-}
-
-static void fx_max_fds(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)
-{
-    (void)q;
-    dev->max_fds = (uint32_t)fx->value;
-}
-
-static const struct {
-    void (*run)(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx);
-    bool needs_queue;
-} effects[VPCI_FX_OPS] = {
-    [VPCI_FX_QUEUE_STOP] = {fx_queue_stop, true},
-    [VPCI_FX_QUEUE_START] = {fx_queue_start, true},
-    [VPCI_FX_FEATURES] = {fx_features, false},
-    [VPCI_FX_RING_RULES] = {fx_ring_rules, false},
-    [VPCI_FX_QUEUE_VECTOR] = {fx_queue_vector, true},
-    [VPCI_FX_CONFIG_VECTOR] = {fx_config_vector, false},
-    [VPCI_FX_MSIX] = {fx_msix, false},
-    [VPCI_FX_INTX_DISABLE] = {fx_intx_disable, false},
-    [VPCI_FX_BUS_MASTER] = {fx_bus_master, false},
-    [VPCI_FX_VECTOR_MASK] = {fx_vector_mask, false},
-    [VPCI_FX_ISR_CLEAR] = {fx_isr_clear, false},
-    [VPCI_FX_NOTIFY_RESET] = {fx_notify_reset, false},
-    [VPCI_FX_RAISE_CONFIG] = {fx_raise_config, false},
-    [VPCI_FX_KICK] = {fx_kick, false},
-    [VPCI_FX_MAX_TRANSFER] = {fx_max_transfer, false},
-    [VPCI_FX_MAX_FDS] = {fx_max_fds, false},
-};
-
-static void apply(struct vpci_dev *dev, const struct order *o)
-{
-    /* The table first: a config interrupt must find the new bytes readable (D9). */
-    hot_install(&dev->hot, o->rows, o->n_rows);
-    for (uint32_t i = 0; i < o->n_effects; i++) {
-        const vpci_effect *fx = &o->effects[i];
-        vpci_queue *q = fx->queue < dev->n_queues ? dev->queues[fx->queue] : NULL;
-        if (fx->op < VPCI_FX_OPS && (q || !effects[fx->op].needs_queue))
-            effects[fx->op].run(dev, q, fx);
-    }
-}
+/* ---- what Python decided ---- */
 
 /* Stops begin to drain at once; the rest waits until they are done. */
 static void begin_drain(struct vpci_dev *dev, struct order *o)
@@ -346,14 +209,14 @@ static void take_orders(struct vpci_dev *dev, struct order *o)
         }
         if (dev->answer && o->n_rows)
             dev->answer->n_rows = 0;   /* made later than the answer that waits, and whole */
-        apply(dev, o);
+        effects_apply(dev, o);
         order_free(o);
     }
 }
 
 /* ---- the client's eventfds ---- */
 
-static int watch(vpci_dev *dev, int fd)
+int pump_watch(vpci_dev *dev, int fd)
 {
     struct epoll_event ev = {.events = EPOLLIN, .data.fd = fd};
     return epoll_ctl(dev->epoll_fd, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
@@ -362,7 +225,7 @@ static int watch(vpci_dev *dev, int fd)
 void pump_watch_kick(struct vpci_dev *dev, vpci_queue *q)
 {
     q->kick_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    if (q->kick_fd >= 0 && watch(dev, q->kick_fd) < 0) {
+    if (q->kick_fd >= 0 && pump_watch(dev, q->kick_fd) < 0) {
         close(q->kick_fd);
         q->kick_fd = -1;
     }
@@ -388,11 +251,11 @@ void pump_watch_unmask(struct vpci_dev *dev)
     if (fd < 0 || fd == dev->watched_unmask_fd)
         return;
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
-    watch(dev, fd);
+    pump_watch(dev, fd);
     dev->watched_unmask_fd = fd;
 }
 
-static void forget_eventfds(struct vpci_dev *dev)
+void pump_forget_eventfds(struct vpci_dev *dev)
 {
     for (uint32_t i = 0; i < dev->n_queues; i++) {
         int fd = dev->queues[i]->kick_fd;
@@ -445,7 +308,7 @@ static void finish_drain(struct vpci_dev *dev)
 {
     struct order *o = dev->answer;
     dev->answer = NULL;
-    apply(dev, o);
+    effects_apply(dev, o);
     dev->conn.versioned |= dev->request.command == VFU_VERSION && !o->error;
     pump_begin(dev, OP_NONE);
     reply(dev, o->error, o->payload, o->len, NULL, 0);
@@ -456,9 +319,9 @@ static void finish_drain(struct vpci_dev *dev)
 static void finish_closing(struct vpci_dev *dev)
 {
     for (uint32_t i = 0; i < dev->n_queues; i++)
-        fx_queue_stop(dev, dev->queues[i], NULL);
+        effects_stop_queue(dev->queues[i]);
     vpci_mem_clear(dev->mem);
-    forget_eventfds(dev);
+    pump_forget_eventfds(dev);
     dev->request = (struct vfu_header){.flags = VFU_F_NO_REPLY};
     pump_begin(dev, OP_PYTHON);
     mailbox_message(&dev->box, &(vpci_event){.kind = VPCI_EVENT_CLIENT_GONE, .pid = dev->conn.pid});
@@ -723,7 +586,7 @@ static bool turn(struct vpci_dev *dev)
     return more;
 }
 
-static void *run(void *arg)
+void *pump_run(void *arg)
 {
     struct vpci_dev *dev = arg;
     struct epoll_event events[MAX_EVENTS];
@@ -739,114 +602,4 @@ static void *run(void *arg)
     }
     mailbox_end(&dev->box);
     return NULL;
-}
-
-/* ---- the device ---- */
-
-static int make_queues(vpci_dev *dev, const vpci_dev_setup *setup)
-{
-    dev->queues = calloc(setup->n_queues ? setup->n_queues : 1, sizeof(*dev->queues));
-    for (uint32_t i = 0; dev->queues && i < setup->n_queues; i++) {
-        vpci_queue *q = vpci_queue_new(dev->mem, setup->queues[i].size, setup->max_sg);
-        if (!q)
-            return -ENOMEM;
-        q->dev = dev;
-        q->index = (uint16_t)i;
-        q->engine = setup->queues[i].engine;
-        q->engine_state = setup->queues[i].engine_state;
-        q->kick_fd = -1;
-        far_adopt(dev, q);
-        dev->queues[dev->n_queues++] = q;
-    }
-    return dev->queues ? 0 : -ENOMEM;
-}
-
-vpci_dev *vpci_dev_new(const vpci_dev_setup *setup)
-{
-    vpci_dev *dev = calloc(1, sizeof(*dev));
-    if (!dev)
-        return NULL;
-    conn_init(&dev->conn);
-    pthread_mutex_init(&dev->awake, NULL);
-    far_init(dev);
-    memcpy(dev->region_sizes, setup->region_sizes, sizeof(dev->region_sizes));
-    dev->cancel_ms = setup->cancel_ms;
-    dev->close_ms = setup->close_ms;
-    dev->listen_fd = dev->watched_unmask_fd = -1;
-    dev->max_fds = 1;
-    dev->ioeventfds = setup->ioeventfds;
-    dev->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    dev->mem = vpci_mem_new();
-    int rc = mailbox_init(&dev->box);
-    if (dev->epoll_fd < 0 || !dev->mem || rc < 0 || setup->region_sizes[VFU_REGION_BAR0] > VFU_MAX_BAR0 ||
-        vpci_irq_init(&dev->irq, setup->irq_counts) < 0 ||
-        hot_init(&dev->hot, (uint32_t)setup->region_sizes[VFU_REGION_BAR0]) < 0 || make_queues(dev, setup) < 0) {
-        vpci_dev_free(dev);
-        return NULL;
-    }
-    return dev;
-}
-
-int vpci_dev_start(vpci_dev *dev, int listen_fd)
-{
-    int rc;
-    dev->listen_fd = listen_fd;
-    dev->accepting = true;
-    if ((rc = watch(dev, listen_fd)) < 0 || (rc = watch(dev, dev->box.wake_fd)) < 0)
-        return rc;
-    /* Python's first table was posted before the start, and the thread takes it in its first turn. */
-    mailbox_wake(&dev->box);
-    rc = vpci_thread_start(&dev->thread, run, dev, "vpci-pump");
-    dev->thread_started = rc == 0;
-    return rc;
-}
-
-void vpci_dev_free(vpci_dev *dev)
-{
-    if (!dev)
-        return;
-    if (dev->thread_started)
-        pthread_join(dev->thread, NULL);
-    far_fini(dev);
-    conn_fini(&dev->conn);
-    if (dev->irq.vectors)
-        forget_eventfds(dev);
-    for (uint32_t i = 0; i < dev->n_queues; i++)
-        vpci_queue_free(dev->queues[i]);
-    free(dev->queues);
-    vpci_irq_fini(&dev->irq);
-    hot_fini(&dev->hot);
-    vpci_mem_free(dev->mem);
-    mailbox_fini(&dev->box);
-    order_free(dev->answer);
-    free(dev->python_data);
-    if (dev->epoll_fd >= 0)
-        close(dev->epoll_fd);
-    pthread_mutex_destroy(&dev->awake);
-    free(dev);
-}
-
-void vpci_dev_read_stats(vpci_dev *dev, vpci_dev_stats *stats)
-{
-    pthread_mutex_lock(&dev->awake);
-    *stats = dev->stats;
-    pthread_mutex_unlock(&dev->awake);
-    vpci_irq_read_status(&dev->irq, &stats->isr, &stats->intx_status);
-    pthread_mutex_lock(&dev->box.lock);
-    stats->lost_notes = dev->box.lost_notes;
-    pthread_mutex_unlock(&dev->box.lock);
-}
-
-void vpci_dev_queue_stats(vpci_dev *dev, uint32_t queue, vpci_queue_stats *stats)
-{
-    *stats = (vpci_queue_stats){0};
-    pthread_mutex_lock(&dev->awake);
-    if (queue < dev->n_queues)
-        vpci_queue_read_stats(dev->queues[queue], stats);
-    pthread_mutex_unlock(&dev->awake);
-}
-
-uint32_t vpci_dev_pending(vpci_dev *dev, uint8_t *buf, uint32_t len)
-{
-    return vpci_irq_pending(&dev->irq, buf, len);
 }

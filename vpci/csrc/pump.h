@@ -224,6 +224,10 @@ struct vpci_dev {
 void pump_watch_unmask(struct vpci_dev *dev);
 void pump_unwatch_unmask(struct vpci_dev *dev);
 void pump_watch_kick(struct vpci_dev *dev, vpci_queue *q);
+/* The thread. */
+void *pump_run(void *dev);
+int pump_watch(struct vpci_dev *dev, int fd);
+void pump_forget_eventfds(struct vpci_dev *dev);
 void pump_note(struct vpci_dev *dev, vpci_event note);
 void pump_kick(struct vpci_dev *dev, uint32_t queue_index);
 void pump_begin(struct vpci_dev *dev, enum op op);
@@ -232,6 +236,11 @@ void pump_remap(struct vpci_dev *dev);
 bool pump_may_fetch(const struct vpci_dev *dev, const vpci_queue *q);
 void pump_look(struct vpci_dev *dev, vpci_queue *q);
 bool pump_unmap_is_ready(struct vpci_dev *dev);
+
+/* ---- effects.c ---- */
+
+void effects_apply(struct vpci_dev *dev, const struct order *order);
+void effects_stop_queue(vpci_queue *q);
 
 /* ---- messages.c ---- */
 
