@@ -98,7 +98,7 @@ class Device:
 
     @property
     def kick_is_fixed(self) -> bool:
-        """Whether queue_notify is in one place whatever MSI-X and the high words do: then an eventfd may stand for it."""
+        """Whether queue_notify stays where it is, whatever MSI-X and the high words do: an eventfd may stand for it."""
         states = [(msix, hi) for msix in (False, True) for hi in (False, True)]
         fields = [self.layout.resolve(*state, self.settings.hi_place).by_name.get("queue_notify") for state in states]
         return fields[0] is not None and len({(field.offset, field.width) for field in fields if field}) == 1
