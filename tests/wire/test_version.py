@@ -6,10 +6,11 @@ import errno
 
 import pytest
 
-from tests.doubles import CONFIG
+from tests.doubles import BAR0, CONFIG, open_fds
 from vpci._core import lib
+from vpci.driver import BlkDriver, Device, Memory, Range
 from vpci.vfu import wire
-from vpci.vfu.client import Client, ServerError, ServerGone
+from vpci.vfu.client import Client, ServerError, ServerGone, close_all
 
 
 @pytest.fixture
@@ -102,3 +103,94 @@ def test_a_second_version_is_refused_and_harmless(client: Client):
         client.version({})
     assert caught.value.errno == errno.EINVAL
     assert client.device_info().num_regions == 9
+
+
+# -- capabilities are honoured -----------------------------------------------------------------------------------------
+
+
+def test_the_server_says_what_it_can_and_nothing_that_it_cannot(newcomer):
+    _, _, capabilities = newcomer.version({})
+    assert capabilities == {
+        "max_msg_fds": 16,
+        "max_data_xfer_size": 1 << 20,
+        "pgsizes": 4096,
+        "max_dma_maps": 16384,
+        "write_multiple": True,
+    }
+
+
+@pytest.mark.parametrize("command", [lib.VFU_DEVICE_FEATURE, lib.VFU_MIG_DATA_READ, lib.VFU_MIG_DATA_WRITE])
+@pytest.mark.parametrize("migration", [{}, {"migration": {"pgsize": 4096, "max_bitmap_size": 1 << 28}}])
+def test_migration_is_not_offered_and_refused_whatever_the_client_can(newcomer, command, migration):
+    _, _, capabilities = newcomer.version(migration)
+    assert "migration" not in capabilities
+    with pytest.raises(ServerError) as caught:
+        newcomer.request(command, bytes(64))
+    assert caught.value.errno == errno.ENOTSUP
+    assert newcomer.device_info().num_regions == 9
+
+
+@pytest.mark.parametrize("minor", [0, 1, 0xFFFF])
+def test_a_newer_minor_version_is_taken_and_answered_with_ours(newcomer, minor):
+    assert newcomer.version({"max_msg_fds": 4}, minor=minor)[:2] == (0, 0)
+
+
+@pytest.mark.parametrize("value", [0, 1, 2, 16, 253, 1 << 32, (1 << 64) - 1])
+def test_max_msg_fds_of_the_client_limits_the_fds_of_an_answer(newcomer, value):
+    newcomer.version({"max_msg_fds": value})
+    rows, fds = newcomer.region_io_fds(BAR0)
+    close_all(fds)
+    assert len(rows) == len(fds) == min(value, 1)
+
+
+@pytest.mark.parametrize("value", [0, 1, 16, 4096, 1 << 20, (1 << 64) - 1])
+def test_max_data_xfer_size_of_the_client_limits_dma_messages(newcomer, value):
+    """0 makes no sense; then it is one byte at a time. Ring and buffers are far, so every byte is asked for."""
+    newcomer.version({"max_data_xfer_size": value})
+    memory = Memory(ranges=[Range(0x10_0000, 1 << 20, 0, shared=False)])
+    device = Device(newcomer, memory)
+    device.start()
+    sizes: list[int] = []
+    newcomer.memory = Noted(memory, sizes)
+    assert len(BlkDriver(device).read(0)) == 512
+    assert max(sizes) == min(max(value, 1), 512)
+    newcomer.close()
+    memory.close()
+
+
+class Noted:
+    """Guest memory that notes how much was asked for at once."""
+
+    def __init__(self, memory: Memory, sizes: list[int]) -> None:
+        self.memory, self.sizes = memory, sizes
+
+    def read(self, gpa: int, size: int) -> bytes:
+        self.sizes.append(size)
+        return self.memory.read(gpa, size)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        self.sizes.append(len(data))
+        self.memory.write(gpa, data)
+
+
+@pytest.mark.parametrize("size", [(1 << 20) + 1, 1 << 21, 0xFFFFFFFF])
+def test_more_data_than_the_server_said_is_refused(client, size):
+    access = wire.pack("vfu_region_access", offset=0, region=CONFIG, count=size)
+    with pytest.raises(ServerError) as caught:
+        client.request(lib.VFU_REGION_READ, access)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_as_many_fds_as_the_server_said_are_taken(client):
+    fds = [client.eventfd() for _ in range(16)]
+    client.request(lib.VFU_DEVICE_GET_INFO, wire.pack("vfu_device_info", argsz=16), fds)
+
+
+def test_one_fd_more_than_the_server_said_is_refused_and_all_are_closed(client, disk_server):
+    client.device_info()
+    before = open_fds(disk_server.process.pid)
+    fds = [client.eventfd() for _ in range(17)]
+    with pytest.raises(ServerError) as caught:
+        client.request(lib.VFU_DEVICE_GET_INFO, wire.pack("vfu_device_info", argsz=16), fds)
+    assert caught.value.errno == errno.EINVAL
+    assert open_fds(disk_server.process.pid) == before

@@ -140,10 +140,15 @@ struct vpci_queue {
     uint64_t kicks, ignored_kicks, interrupts;
     uint64_t noted_errors;
     vpci_chain *done, **last_done; /* finished, to be pushed by the far thread */
+    uint32_t n_done;          /* they are in flight, but hold no memory */
     int kick_fd;              /* an ioeventfd of the client's: readable = a kick; -1: it has none */
 };
 
 void vpci_ring_break(vpci_queue *q, uint16_t reason, uint16_t head, uint64_t addr);
+/* The engine is done with it: its own memory need not stay, only its used entry is still to be written. */
+void vpci_chain_release(vpci_chain *chain);
+/* Does it take the far thread to push it? */
+bool vpci_chain_is_far(const vpci_chain *chain);
 bool vpci_queue_touches(const vpci_queue *q, const struct vpci_range *range);
 
 /* ---- irq.c ---- */

@@ -12,7 +12,7 @@
 /* Must this queue come to rest rather than wait for the client? */
 static bool must_unwind(const struct vpci_dev *dev, const vpci_queue *q)
 {
-    return q->draining || dev->op == OP_UNMAP || dev->op == OP_CLOSING || dev->conn.fd < 0 || dev->conn.gone;
+    return q->draining || dev->op == OP_UNMAP || dev->op >= OP_CLOSING || dev->conn.fd < 0 || dev->conn.gone;
 }
 
 /* A message that Python is answering may turn out to be a reset: nothing of the old life is sent behind its back. */
@@ -123,6 +123,7 @@ static vpci_chain *take_done(vpci_queue *q)
     vpci_chain *c = q->done;
     if (c && !(q->done = c->next))
         q->last_done = &q->done;
+    q->n_done -= c != NULL;
     return c;
 }
 
@@ -131,6 +132,7 @@ static void put_back(vpci_queue *q, vpci_chain *c)
     if (!(c->next = q->done))
         q->last_done = &c->next;
     q->done = c;
+    q->n_done++;
 }
 
 static void drop_done(vpci_queue *q)
@@ -231,8 +233,10 @@ void far_start(struct vpci_dev *dev)
 void far_finish_chain(struct vpci_dev *dev, vpci_chain *chain, uint32_t len)
 {
     vpci_queue *q = chain->queue;
+    vpci_chain_release(chain);
     chain->used_len = len;
     chain->next = NULL;
+    q->n_done++;
     *q->last_done = chain;
     q->last_done = &chain->next;
     far_start(dev);

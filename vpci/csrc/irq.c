@@ -244,6 +244,8 @@ static int mask(struct vpci_irq *irq, const struct request *r)
 /* Trigger, no data, count 0: the client wants nothing of this index any more. */
 static int disable(struct vpci_irq *irq, uint32_t index, uint32_t n_irqs)
 {
+    if (index == VFU_IRQ_INTX)
+        replace_fd(&irq->unmask_fd, -1);
     for (uint32_t i = 0; i < n_irqs; i++)
         set_fd(irq, index, i, -1);
     return 0;

@@ -149,8 +149,8 @@ static int leave_order(vpci_dev *dev, struct order order, const void *payload, c
     pthread_mutex_lock(&box->lock);
     *box->last_order = o;
     box->last_order = &o->next;
-    pthread_mutex_unlock(&box->lock);
     mailbox_wake(box);
+    pthread_mutex_unlock(&box->lock);
     return 0;
 }
 
@@ -209,9 +209,10 @@ void vpci_chain_done(vpci_chain *chain, uint32_t len)
     bool first = !box->done;
     *box->last_done = chain;
     box->last_done = &chain->next;
-    pthread_mutex_unlock(&box->lock);
+    /* Before the unlock: with this chain the pump may end, and the device be freed, as soon as it gets the lock. */
     if (first)
         mailbox_wake(box);
+    pthread_mutex_unlock(&box->lock);
 }
 
 static const vpci_host host = {

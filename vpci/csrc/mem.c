@@ -12,7 +12,6 @@
 #define FUSE_MAGIC 0x65735546
 #define SMB2_MAGIC 0xfe534d42u
 #define CIFS_MAGIC 0xff534d42u
-#define MAX_RANGES 65535
 
 /* By gpa, without overlap. Replaced as a whole when a range comes or goes. */
 struct table {
@@ -162,7 +161,7 @@ static int check_span(const vpci_mem *mem, uint64_t gpa, uint64_t size, uint64_t
     size_t i = upper(mem->table, gpa + size - 1);
     if (i && mem->table->ranges[i - 1]->gpa + (mem->table->ranges[i - 1]->size - 1) >= gpa)
         return -EEXIST;
-    return mem->table->n < MAX_RANGES ? 0 : -ENOSPC;
+    return mem->table->n < VPCI_MEM_MAX_RANGES ? 0 : -ENOSPC;
 }
 
 static int insert(vpci_mem *mem, struct vpci_range *r)
@@ -203,6 +202,8 @@ int vpci_mem_map(vpci_mem *mem, uint64_t gpa, uint64_t size, int fd, uint64_t of
     int rc = check_span(mem, gpa, size, offset, perm);
     if (rc < 0)
         return rc;
+    /* Sealed first, then measured: the other way round it could shrink in between. */
+    bool is_safe = fd < 0 || cannot_shrink(fd);
     int can = mappable(fd, offset, size);
     if (can < 0)
         return can;
@@ -212,7 +213,7 @@ int vpci_mem_map(vpci_mem *mem, uint64_t gpa, uint64_t size, int fd, uint64_t of
     *r = (struct vpci_range){.gpa = gpa, .size = size, .perm = perm};
     if ((can && (rc = map_fd(r, fd, offset)) < 0) || (rc = insert(mem, r)) < 0)
         range_free(r);
-    else if (can && !cannot_shrink(fd) && !mem->may_fault) {
+    else if (can && !is_safe && !mem->may_fault) {
         mem->may_fault = true;
         vpci_guard_install();
     }

@@ -222,7 +222,12 @@ static void get_region_io_fds(struct vpci_dev *dev, struct message *m)
     for (uint32_t i = 0; i < n; i++)
         subs[i] = (struct vfu_ioeventfd){.offset = off, .size = width, .fd_index = i, .flags = VFU_IOEVENTFD_DATAMATCH,
                                          .datamatch = i};
-    if (!make_kick_fds(dev, n, fds))
+    conn_send(&dev->conn);   /* one reply with fds at a time */
+    if (dev->request.flags & VFU_F_NO_REPLY)
+        return;
+    if (dev->conn.n_tx_fds)
+        refuse(dev, EBUSY, VPCI_WHY_FDS, dev->conn.n_tx_fds);
+    else if (!make_kick_fds(dev, n, fds))
         refuse(dev, EMFILE, VPCI_WHY_MEMORY, n);
     else if (!conn_reply_fds(&dev->conn, &dev->request, &io, sizeof(io), subs, n * sizeof(subs[0]), fds, n))
         dev->conn.gone = true;

@@ -4,7 +4,6 @@
  * Work goes down to messages.c and to the engines; finished chains come back through mailbox.c. */
 #include "pump.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -84,7 +83,8 @@ void pump_finish_chain(struct vpci_dev *dev, vpci_chain *chain, uint32_t len)
         vpci_ring_drop(q, chain);
         return;
     }
-    if (far_has(q)) {
+    /* A far ring may go while work of it is in flight, for nothing points into it: the chain waits for its return. */
+    if (far_has(q) || vpci_chain_is_far(chain) || q->suspended) {
         far_finish_chain(dev, chain, len);
         return;
     }
@@ -132,8 +132,11 @@ void pump_look(struct vpci_dev *dev, vpci_queue *q)
     if (q->dirty && !q->unwound)
         publish(dev, q);
     bool full = q->in_flight == q->size;   /* the next chain to finish makes it runnable */
-    if (empty && !q->unwound)
-        q->runnable = !full && vpci_ring_idle(q);
+    if (!empty || q->unwound)
+        return;
+    q->runnable = false;   /* before idle: a kick that comes while a far ring is asked must not be forgotten */
+    if (!full && vpci_ring_idle(q))
+        q->runnable = true;
 }
 
 static void publish_all(struct vpci_dev *dev)
@@ -160,7 +163,7 @@ static bool look_at_rings(struct vpci_dev *dev)
         vpci_queue *q = dev->queues[i];
         if (!far_has(q))
             more |= look_here(dev, q);
-        else if (pump_may_fetch(dev, q) || q->dirty)
+        else if (pump_may_fetch(dev, q) || q->dirty || q->done)
             far_start(dev);
         note_ring_error(dev, q);
     }
@@ -244,13 +247,11 @@ void pump_unwatch_unmask(struct vpci_dev *dev)
     forget(dev, &dev->watched_unmask_fd);
 }
 
-/* Reading it must never wait: the client may have emptied it since epoll told us. */
 void pump_watch_unmask(struct vpci_dev *dev)
 {
     int fd = dev->irq.unmask_fd;
     if (fd < 0 || fd == dev->watched_unmask_fd)
         return;
-    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
     pump_watch(dev, fd);
     dev->watched_unmask_fd = fd;
 }
@@ -276,21 +277,35 @@ static bool is_at_rest(const struct vpci_dev *dev, bool draining_only)
     return !in_flight(dev, draining_only) && far_at_rest(dev, draining_only);
 }
 
+/* Does anybody hold memory of this queue? A chain whose used entry waits for the client holds none. */
+static bool holds_memory(const vpci_queue *q)
+{
+    return q->in_flight > q->n_done || q->on_far_thread;
+}
+
 static bool range_is_free(const struct vpci_dev *dev, const struct vpci_range *r)
 {
     if (!r->hva)
         return far_at_rest(dev, false);   /* nobody points into it */
     for (uint32_t i = 0; i < dev->n_queues; i++)
-        if (dev->queues[i]->in_flight && vpci_queue_touches(dev->queues[i], r))
+        if (holds_memory(dev->queues[i]) && vpci_queue_touches(dev->queues[i], r))
             return false;
     return !r->users;
+}
+
+static bool all_memory_is_free(const struct vpci_dev *dev)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        if (holds_memory(dev->queues[i]))
+            return false;
+    return true;
 }
 
 bool pump_unmap_is_ready(struct vpci_dev *dev)
 {
     if (!(dev->unmap.flags & VFU_DMA_UNMAP_ALL))
         return range_is_free(dev, vpci_mem_exact(dev->mem, dev->unmap.addr, dev->unmap.size));
-    return is_at_rest(dev, false);
+    return all_memory_is_free(dev);
 }
 
 static bool op_is_ready(struct vpci_dev *dev)
@@ -298,8 +313,8 @@ static bool op_is_ready(struct vpci_dev *dev)
     switch (dev->op) {
     case OP_DRAIN: return is_at_rest(dev, !dev->held_by_bus_master);
     case OP_UNMAP: return pump_unmap_is_ready(dev);
-    case OP_CLOSING:
-    case OP_STOPPING: return is_at_rest(dev, false);
+    case OP_CLOSING: return is_at_rest(dev, false);
+    case OP_STOPPING: return all_memory_is_free(dev);
     default: return false;
     }
 }
@@ -329,9 +344,13 @@ static void finish_closing(struct vpci_dev *dev)
     dev->stats.client_pid = 0;
 }
 
+/* Used entries that only the client could take are dropped: its guest loses the device now. */
 static void finish_stopping(struct vpci_dev *dev)
 {
     conn_close(&dev->conn);
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        dev->queues[i]->draining = true;
+    far_drop(dev);
     pump_begin(dev, OP_ENDED);
 }
 
@@ -458,6 +477,9 @@ static void execute_messages(struct vpci_dev *dev)
             message_execute(dev, &m);
     if (got < 0)
         lose_stream(dev, (uint64_t)-got, detail);
+    /* More than any message may bring, and none of them is whole: this one never will be. */
+    else if (got == 0 && dev->conn.n_held > VFU_MAX_FDS)
+        lose_stream(dev, VPCI_WHY_FDS, dev->conn.n_held);
 }
 
 /* An unmap is an operation too, but one that is mostly ready at once. */
@@ -519,11 +541,13 @@ static int sleep_ms(const struct vpci_dev *dev, bool more)
     return waited < until ? (int)(until - waited) : 0;
 }
 
-/* Take an eventfd's count. Returns false when there was none. */
+/* Take an eventfd's count. Returns false when there was none. It never waits, whatever the client, who has the same
+ * eventfd, made of it or took from it since epoll told us. */
 static bool take_count(int fd)
 {
     uint64_t count;
-    return read(fd, &count, sizeof(count)) == sizeof(count);
+    struct iovec iov = {&count, sizeof(count)};
+    return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) == sizeof(count);
 }
 
 static void take_kicks(struct vpci_dev *dev, int fd)
@@ -583,6 +607,7 @@ static bool turn(struct vpci_dev *dev)
     end_connection(dev);
     more |= op_is_ready(dev);
     arm(dev);
+    far_tell(dev);   /* there may be room for its messages now */
     return more;
 }
 

@@ -272,17 +272,25 @@ static struct chain *chain_get(vpci_queue *q)
     return c;
 }
 
-static void chain_put(vpci_queue *q, struct chain *c)
+/* The ranges that the chain points into may go. */
+static void release(struct chain *c)
 {
     for (uint32_t i = 0; i < c->n_iov; i++)
         if (c->held[i])
             c->held[i]->users--;
+    c->n_iov = 0;
+    if (c->last_held)
+        c->last_held->users--;
+    c->last_held = NULL;
+}
+
+static void chain_put(vpci_queue *q, struct chain *c)
+{
+    release(c);
     for (struct bounce *b = c->bounces, *next; b; b = next) {
         next = b->next;
         free(b);
     }
-    if (c->last_held)
-        c->last_held->users--;
     if (c->held != c->inline_held) {
         free(c->held);
         free(c->pub.iov);
@@ -696,6 +704,8 @@ static void push(void *arg)
     struct push *p = arg;
     vpci_queue *q = p->q;
     uint32_t off = used_elem_off(q, q->used_idx);
+    if (p->chain->bounces && !may_go_far(q))
+        return;
     int rc = take_out(q, p->chain, p->len);
     if (rc && rc != -ECANCELED)
         p->len = 0;   /* the buffer went away while the request ran */
@@ -706,6 +716,16 @@ static void push(void *arg)
     store32(q, off, p->chain->pub.head);
     store32(q, off + 4, p->len);
     p->done = !q->unwound;
+}
+
+void vpci_chain_release(vpci_chain *chain)
+{
+    release((struct chain *)chain);
+}
+
+bool vpci_chain_is_far(const vpci_chain *chain)
+{
+    return ((const struct chain *)chain)->bounces;
 }
 
 int vpci_ring_push(vpci_queue *q, vpci_chain *chain, uint32_t len)

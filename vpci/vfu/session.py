@@ -65,6 +65,7 @@ class Session:
                 "max_msg_fds": lib.VFU_MAX_FDS,
                 "max_data_xfer_size": lib.VFU_MAX_DATA,
                 "pgsizes": 4096,
+                "max_dma_maps": lib.VPCI_MEM_MAX_RANGES,
                 "write_multiple": True,
             }
         )

@@ -5,6 +5,9 @@ typedef struct vpci_mem vpci_mem;
 
 enum vpci_mem_perm { VPCI_MEM_READ = 1, VPCI_MEM_WRITE = 2 };
 
+/* A process may have some 65,000 mappings, and other devices want theirs. */
+enum vpci_mem_limit { VPCI_MEM_MAX_RANGES = 16384 };
+
 vpci_mem *vpci_mem_new(void);
 void vpci_mem_free(vpci_mem *mem);
 

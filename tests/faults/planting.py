@@ -1,0 +1,140 @@
+"""Faults as data (faults.toml), copies of the repository they are planted in, and the runs on those."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+import cffi_build
+from tests import overlay
+from tests.faults import record
+
+FAULTS = Path(__file__).with_name("faults.toml")
+CSRC = Path("vpci") / "csrc"
+RUN_S = 120
+#: In the object of every planted file and nowhere else.
+MARKER = "vpci_has_a_planted_fault"
+
+
+class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`find` occurs once in `file` of csrc; every case of `caught_by` (a test, all its parameters) must fail."""
+
+    id: str
+    what: str
+    file: str
+    find: str
+    replace: str
+    caught_by: list[str]
+
+    def plant(self, text: str) -> str:
+        assert text.count(self.find) == 1, f"fault {self.id} no longer applies: {text.count(self.find)} places"
+        return f'{text.replace(self.find, self.replace)}\n__attribute__((used)) static char {MARKER}[] = "{MARKER}";\n'
+
+
+def load() -> list[Fault]:
+    """All faults of faults.toml."""
+    return msgspec.convert(tomllib.loads(FAULTS.read_text())["fault"], list[Fault])
+
+
+def is_of(node: str, case: str) -> bool:
+    """Whether a node is the case, or one parameter of it."""
+    return node == case or node.startswith(f"{case}[")
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What the named cases did, and pytest's own words."""
+
+    passed: set[str]
+    failed: set[str]
+    output: str
+
+    def caught(self, case: str) -> bool:
+        return any(is_of(node, case) for node in self.failed)
+
+
+class Nursery:
+    """Copies that take turns; the objects of unplanted files are compiled once."""
+
+    def __init__(self, folder: Path, n_copies: int) -> None:
+        self.folder = folder
+        self.copies = [overlay.copy(folder / f"copy-{n}") for n in range(n_copies)]
+        self.objects = {
+            name: self._compile(path, folder / f"{name}.o")
+            for name, path in overlay.sources(overlay.ROOT / CSRC).items()
+        }
+        cffi_build.ffi_builder().emit_c_code(str(folder / "_core.c"))
+        self.objects["_core"] = self._compile(folder / "_core.c", folder / "_core.o")
+        self._free = list(self.copies)
+        self._count = itertools.count()
+        self._changed = threading.Condition()
+
+    def _compile(self, source: Path, target: Path) -> Path:
+        return overlay.compile_c(source, target, overlay.ROOT / CSRC, ["-O1", "-w"])
+
+    def run(self, fault: Fault | None, cases: Sequence[str]) -> Outcome:
+        """The cases on a core with this fault; waits for a copy."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._free))
+            tree = self._free.pop()
+        try:
+            with Planted(tree, fault, self) as planted:
+                return planted.run(cases, self.folder / f"record-{next(self._count)}")
+        finally:
+            with self._changed:
+                self._free.append(tree)
+                self._changed.notify()
+
+
+class Planted:
+    """A copy while it has one fault, in its sources and in its extension."""
+
+    def __init__(self, tree: Path, fault: Fault | None, nursery: Nursery) -> None:
+        self.tree, self.fault, self.nursery = tree, fault, nursery
+
+    def __enter__(self) -> Self:
+        objects = dict(self.nursery.objects)
+        if self.fault:
+            path = self.tree / CSRC / self.fault.file
+            path.write_text(self.fault.plant(path.read_text()))
+            objects[path.stem] = self.nursery._compile(path, self.tree / "planted.o")
+        self.extension = overlay.link(objects.values(), self.tree)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.fault:
+            (self.tree / CSRC / self.fault.file).write_text((overlay.ROOT / CSRC / self.fault.file).read_text())
+
+    def run(self, cases: Sequence[str], recorded: Path) -> Outcome:
+        """Cases behind one in which the process ended are run in another process."""
+        left, output = list(cases), ""
+        while left:
+            output += self._run(left, recorded)
+            passed, failed = record.read(recorded)
+            before, left = left, [case for case in left if not any(is_of(node, case) for node in passed | failed)]
+            if len(left) == len(before):
+                break
+        return Outcome(*record.read(recorded), output)
+
+    def _run(self, cases: Iterable[str], recorded: Path) -> str:
+        """A case that hangs in C is ended by pytest-timeout's thread, which ends the process."""
+        options = ["-q", "-p", "no:cacheprovider", "-p", "tests.faults.record", "--tb=line", "--timeout=25"]
+        command = [sys.executable, "-m", "pytest", *options, "--timeout-method=thread", *cases]
+        env = overlay.environment({record.FILE: str(recorded), "PYTHONDONTWRITEBYTECODE": "1"})
+        try:
+            done = subprocess.run(command, cwd=self.tree, env=env, capture_output=True, text=True, timeout=RUN_S)
+            return f"{done.stdout}{done.stderr}\nstatus {done.returncode}\n"
+        except subprocess.TimeoutExpired as error:
+            return f"{error.stdout!r}\nstill running after {RUN_S} s\n"
+
+
+def n_copies() -> int:
+    return max(1, min(4, os.cpu_count() or 1))

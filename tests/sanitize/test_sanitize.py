@@ -1,0 +1,47 @@
+"""The tests once more, on a core with AddressSanitizer and UBSan: what run.py runs, and that it would tell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import overlay
+from tests.sanitize import run as sanitize
+from tests.sanitize.conftest import CLOSING_LINE
+
+RUN_S = 900
+pytestmark = pytest.mark.timeout(RUN_S)
+OVERFLOW = "    ((volatile char *)malloc(1))[new_idx] = 0;\n"
+
+
+def test_this_is_not_a_run_inside_a_run():
+    assert sanitize.INSIDE not in os.environ
+
+
+def test_the_suite_passes_under_address_and_undefined_behaviour_sanitizers(tmp_path, pytestconfig):
+    log = tmp_path / "pytest.log"
+    with open(log, "wb") as out:
+        status = sanitize.run(tmp_path, stdout=out, stderr=subprocess.STDOUT, timeout=RUN_S)
+    text = log.read_text(errors="replace")
+    pytestconfig.stash[CLOSING_LINE] = text.rstrip().splitlines()[-1].strip("= ")
+    found = "\n".join(path.read_text() for path in sanitize.reports(tmp_path))
+    assert status == 0, text[-20000:] + found
+
+
+def test_a_planted_overflow_is_told_by_a_sanitized_core(tmp_path):
+    """The flags and the preloaded libraries do what they are for."""
+    tree = overlay.copy(tmp_path / "copy")
+    path = tree / "vpci" / "csrc" / "ring.c"
+    opening = "int vpci_need_event(uint16_t event, uint16_t new_idx, uint16_t old_idx)\n{\n"
+    assert path.read_text().count(opening) == 1
+    path.write_text(path.read_text().replace(opening, opening + OVERFLOW))
+    overlay.build(tree, sanitize.SANITIZE)
+    code = "from vpci._core import lib; lib.vpci_need_event(0, 1, 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=sanitize.environment(tmp_path / "report"), capture_output=True
+    )
+    assert done.returncode != 0
+    assert any("heap-buffer-overflow" in report.read_text() for report in sanitize.reports(tmp_path))
