@@ -1,4 +1,4 @@
-"""The guest matrix: kernels, interrupts, machines and dialects, every pair of them; and each knob that Linux drives."""
+"""The guest matrix: every combination of kernel, interrupts, machine and dialect; and each knob that Linux drives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Row(NamedTuple):
     sets: tuple[str, ...] = ()
 
 
-MATRIX = [
+#: Boots in which something else varies too.
+VARIED = [
     Row("6.1", "msix", "q35", "patchv2", {"smp": 2}, ("blk.num_queues=2",)),
     Row("sid", "intx", "pc", "patchv2", {}, ("queues.size=8",)),
     Row("6.1", "intx", "pc", "v0.9.1", {}, ("queues.size=1024",)),
@@ -46,14 +47,14 @@ MATRIX = [
     Row("6.1", "intx", "q35", "v0.8", {}, ("features.offer=[28]",)),
     Row("sid", "msix", "pc", "v0.8", {}, ("queues.size=8",)),
 ]
+PLAIN = itertools.starmap(Row, itertools.product(*AXES.values()))
+MATRIX = [*VARIED, *(row for row in PLAIN if row[:4] not in {varied[:4] for varied in VARIED})]
 #: Transport bits that Linux takes of each dialect's offer.
 TAKEN = {"patchv2": {28, 29}, "v0.9.1": {28, 29}, "v0.9.5": {28, 29}, "v0.8": set()}
 
 
-def test_every_pair_of_two_axes_is_in_the_matrix() -> None:
-    for one, other in itertools.combinations(AXES, 2):
-        pairs = {(getattr(row, one), getattr(row, other)) for row in MATRIX}
-        assert pairs == set(itertools.product(AXES[one], AXES[other])), (one, other)
+def test_every_combination_is_in_the_matrix_once() -> None:
+    assert sorted(row[:4] for row in MATRIX) == sorted(itertools.product(*AXES.values()))
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.log = folder / "served.log"
-        command = [sys.executable, "-m", "tests.hostile.served", str(folder)]
+        # -P: not what lies in the current directory, but what we were told to test
+        command = [sys.executable, "-P", "-m", "tests.hostile.served", str(folder)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(), text=True
