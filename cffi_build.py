@@ -44,7 +44,7 @@ def python_headers() -> list[str]:
     """Where Python.h is: nowhere extra, or a folder of the cache that the private apt filled."""
     if Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return []
-    sys.path.insert(0, str(ROOT))
+    sys.path.append(str(ROOT))
     from vpci.guest import apt
 
     found = apt.python_headers(f"{sys.version_info.major}.{sys.version_info.minor}")
