@@ -15,7 +15,7 @@ from tests.sanitize.conftest import CLOSING_LINE
 RUN_S = 900
 pytestmark = pytest.mark.timeout(RUN_S)
 # through a volatile pointer: where the compiler knows the size, UBSan would tell first
-OVERFLOW = "    char *volatile one = malloc(1); one[new_idx] = 0;\n"
+OVERFLOW = "    volatile char *volatile one = malloc(1); one[new_idx] = 0;\n"
 
 
 def test_this_is_not_a_run_inside_a_run():
