@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vpci._core import ffi, lib
+from vpci._core import lib
 from vpci.vfu import wire
 
 
@@ -135,7 +135,3 @@ def _process_name(pid: int) -> str:
             return comm.read().strip()
     except OSError as error:
         return os.strerror(error.errno or 0)
-
-
-#: Every enum value has its words: a test reads both.
-NOTE_KINDS = frozenset(ffi.typeof("enum vpci_note").elements)
