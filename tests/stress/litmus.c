@@ -70,6 +70,25 @@ static void skew(uint32_t *seed)
         ;
 }
 
+/* Two threads of one processor never race. A machine with work of its own puts them there, so the n-th thread is told
+ * to stay on the n-th processor that this process may use; where there is one only, the program says so and ends. */
+static void stay_on(pthread_t thread, int nth)
+{
+    cpu_set_t allowed, wanted;
+    CPU_ZERO(&wanted);
+    if (sched_getaffinity(getpid(), sizeof(allowed), &allowed) || CPU_COUNT(&allowed) < 2) {
+        fprintf(stderr, "two processors are needed for a race\n");
+        exit(2);
+    }
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, &allowed) && nth-- == 0)
+            CPU_SET(cpu, &wanted);
+    if (pthread_setaffinity_np(thread, sizeof(wanted), &wanted)) {
+        fprintf(stderr, "a processor that is allowed cannot be had\n");
+        exit(2);
+    }
+}
+
 static void fail(uint64_t round)
 {
     if (!failed_at)
@@ -322,6 +341,8 @@ static int run(const char *name, uint32_t rules, void *(*other)(void *), void *a
     vpci_queue_start(queue, GPA >> 12);
     if (pthread_create(&thread, NULL, other, arg))
         return 2;
+    stay_on(thread, 1);
+    stay_on(pthread_self(), 0);    /* last: it is this thread's processors that are counted */
     if (race)
         race_driver(race);
     else
