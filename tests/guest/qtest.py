@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vpci.guest import attach_args, ensure_qemu
+from vpci.guest.qemu import environment
 
 WAIT_S = 10
 IO_BAR, MEMORY_BAR = 0xC000, 0xE000_0000
@@ -116,7 +117,7 @@ def qtest(machine: str, device_socket: Path) -> Iterator[Qtest]:
         listener.settimeout(WAIT_S)
         words = ["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-S"]
         words += ["-qtest", f"unix:{path}", "-qtest-log", "/dev/null", *attach_args([device_socket], machine)]
-        process = subprocess.Popen([*ensure_qemu().argv_prefix, *words], stdin=subprocess.DEVNULL)
+        process = subprocess.Popen([*ensure_qemu().argv_prefix, *words], stdin=subprocess.DEVNULL, env=environment())
         try:
             connection, _ = listener.accept()
             with connection:

@@ -17,6 +17,7 @@ import pytest
 from tests.doubles import environment, serving
 from vpci.guest import ensure_kernel, ensure_qemu
 from vpci.guest.initramfs import build
+from vpci.guest.qemu import environment as qemu_environment
 
 CONFIG = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "64M"\n'
 
@@ -86,7 +87,13 @@ def test_the_arguments_that_vpci_qemu_prints_work_when_pasted(config: Path, tmp_
         own = ["-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]
         boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(initrd), "-append", "console=ttyS0 panic=-1"]
         line = f"exec {shlex.join([*ensure_qemu().argv_prefix, *own, *boot])} {printed}"
-        qemu = subprocess.Popen(["sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        qemu = subprocess.Popen(
+            ["sh", "-c", line],
+            env=qemu_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         try:
             assert b"[vda]" in read_until(qemu.stdout.fileno(), b"[vda]")
         finally:

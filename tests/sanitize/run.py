@@ -1,7 +1,8 @@
 """Builds the core with AddressSanitizer and UBSan into a copy of the repository and runs the tests there.
 
-`python tests/sanitize/run.py [PYTEST-ARGUMENT...]`: without arguments everything but what boots guests or makes builds
-of its own. Servers that tests start inherit the sanitizers; a report ends the process that made it, and fails its test.
+`python tests/sanitize/run.py [PYTEST-ARGUMENT...]`: without arguments everything but what makes builds of its own, guests
+included. Servers that tests start inherit the sanitizers, QEMU does not; a report ends the process that made it, and fails
+its test.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "halt_on_error=1:abort_on_error=1:print_stacktrace=1",
 }
-FOLDERS = ("unit", "ring", "models", "wire", "order", "hostile")
+FOLDERS = ("unit", "ring", "models", "wire", "order", "hostile", "guest")
 
 
 def library(name: str) -> str:

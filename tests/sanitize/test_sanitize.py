@@ -12,7 +12,7 @@ from tests import overlay
 from tests.sanitize import run as sanitize
 from tests.sanitize.conftest import CLOSING_LINE
 
-RUN_S = 900
+RUN_S = 2400
 pytestmark = pytest.mark.timeout(RUN_S)
 # through a volatile pointer: where the compiler knows the size, UBSan would tell first
 OVERFLOW = "    volatile char *volatile one = malloc(1); one[new_idx] = 0;\n"

@@ -23,7 +23,7 @@ from vpci.guest.cache import Progress, quiet
 from vpci.guest.errors import GuestFailed, GuestTimeout, MachineError
 from vpci.guest.kernel import ensure_kernel
 from vpci.guest.link import Link, Result
-from vpci.guest.qemu import Qemu, ensure_qemu
+from vpci.guest.qemu import Qemu, ensure_qemu, environment
 from vpci.guest.qemu_args import SocketPath, memory_args, qemu_device_args
 
 if TYPE_CHECKING:
@@ -293,6 +293,7 @@ class Guest:
                 stdout=None if terminal else self._console.file,
                 stderr=None if terminal else self._stderr.file,
                 pass_fds=[*fds, *self._pass_fds],
+                env=environment(),
                 start_new_session=not terminal,
                 preexec_fn=_die_with(os.getpid()),  # only two system calls: no lock is taken
             )

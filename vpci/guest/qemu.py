@@ -52,6 +52,11 @@ def ensure_qemu(progress: Progress = quiet) -> Qemu:
     return find_qemu() or _brought(progress)
 
 
+def environment() -> dict[str, str]:
+    """What QEMU is started with: ours, without what is preloaded: that fits our libc, not its own."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
 def _brought(progress: Progress) -> Qemu:
     published(ITEM, lambda folder: _make(folder, progress), progress)
     qemu = find_qemu()
@@ -152,7 +157,7 @@ def qemu_version(text: str, where: str) -> str:
 
 def _said(argv: list[str], *arguments: str) -> str:
     try:
-        done = subprocess.run([*argv, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run([*argv, *arguments], env=environment(), capture_output=True, text=True, check=False)
     except OSError as error:
         raise ProvisionError(f"{argv[0]}: {error.strerror}") from error
     if done.returncode:
