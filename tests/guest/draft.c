@@ -3,7 +3,7 @@
  *
  *   draft run BITS off|on SECTORS    BITS: of 29, 31, 32 with commas, or none. MSI-X off or on. SECTORS: of the disk.
  *                                    Leaves the device negotiated, to be looked at from the host.
- *   draft release                    resets the device and turns MSI-X and bus mastering off, for the kernel's own driver.
+ *   draft release                    resets the device, turns MSI-X and bus mastering off, and prints which it was.
  *
  * Offsets, structures and meanings are typed from the papers: [draft] "[PATCHv2] virtio-spec: 64 bit features,
  * used/avail event", M. S. Tsirkin, 2011-05-04; [v0.9] the virtio specification that it patches; [pci] configuration
@@ -32,7 +32,8 @@ static unsigned n_checks, n_failed;
 
 static void check(const char *what, uint64_t got, uint64_t want)
 {
-    printf("{\"part\": \"%s\", \"check\": \"%s\", \"got\": %" PRIu64 ", \"want\": %" PRIu64 "}\n", part, what, got, want);
+    printf("{\"part\": \"%s\", \"check\": \"%s\", ", part, what);
+    printf("\"got\": %" PRIu64 ", \"want\": %" PRIu64 "}\n", got, want);
     n_checks++;
     n_failed += got != want;
 }
@@ -508,7 +509,7 @@ static void wait_used(uint16_t until)
     __atomic_thread_fence(__ATOMIC_ACQUIRE);   /* the index before the entries that it covers */
 }
 
-/* Messages are answered in order: once these are, the device has told of what it published before, and looks no more. */
+/* Messages are answered in order: once these are, the device has told of what it published before, and is idle. */
 static void settle(void)
 {
     in8(DEVICE_STATUS);
@@ -592,7 +593,7 @@ static bool interrupted(bool awaited)
     return came;
 }
 
-/* By avail.flags alone without bit 29, by used_event alone with it: the dead word always says something else or nothing.
+/* By avail.flags alone without bit 29, by used_event alone with it; the dead word says something else wherever it can.
  * `event` counts from the entry that the request will use. */
 static const struct trial { const char *what; uint16_t flags; int event; bool by_flags, by_event; } trials[] = {
     {"flags 0, used_event far ahead", 0, 0x4000, true, false},
