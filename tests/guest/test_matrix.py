@@ -138,11 +138,12 @@ def test_bus_master_is_set_by_linux_before_it_needs_it(image: Path, tmp_path: Pa
 # -- life -----------------------------------------------------------------------------------------------------------
 
 
-def test_five_resets_under_load(image: Path, tmp_path: Path) -> None:
-    """Each finds the disk in the middle of reads and writes; what is written after it is what is read."""
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_five_resets_under_load(cpus: int, image: Path, tmp_path: Path) -> None:
+    """Each finds the disk in the middle of reads and writes, on a queue a CPU; what is written after is what is read."""
     load = "while :; do dd if=/dev/urandom of=/dev/vda bs=64k count=32 seek=512 conv=fsync,notrunc; done"
     reads = "while :; do dd if=/dev/vda of=/dev/null bs=1M iflag=direct; done"
-    with run_disk(image, tmp_path) as run:
+    with run_disk(image, tmp_path, f"blk.num_queues={cpus}", smp=cpus) as run:
         for n in range(5):
             run.guest.check(f"({load}) > /dev/null 2>&1 & ({reads}) > /dev/null 2>&1 &")
             run.guest.check("sleep 0.1")
