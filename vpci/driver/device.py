@@ -6,20 +6,25 @@ this driver itself wrote: MSI-X Enable, and bit 31. Sources: [v0.9.1 2.2], [seed
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vpci._core import lib
-from vpci.driver.memory import Memory
+from vpci.driver.memory import DEFAULT_BYTES, Memory
 from vpci.driver.virtqueue import InterruptRule, KickRule, SplitRing, Virtqueue
 from vpci.errors import VpciError
 from vpci.regs import FOLLOWING, Layout, Resolved, find_layout
 from vpci.spec import features, pci, virtio
-from vpci.vfu.client import Client
+from vpci.vfu.client import Client, ServerError
 
 BAR0: int = lib.VFU_REGION_BAR0
 CONFIG: int = lib.VFU_REGION_CONFIG
+#: What a driver may ask for that knows everything but bit 30, which a sound driver never acks.
+ALL_FEATURES = (1 << features.WORD_BITS) - 1 & ~(1 << features.BAD_FEATURE)
+
 _SPIN_S = 0.002
 _NAP_S = 0.001
 
@@ -63,6 +68,7 @@ class Device:
         self.queues: dict[int, Virtqueue] = {}
         self.vector_fds: list[int] = []
         self.intx_fd: int | None = None
+        self.kick_fds: dict[int, int] = {}
 
     # -- registers --------------------------------------------------------------------------------------------
 
@@ -124,6 +130,13 @@ class Device:
             yield self.pci_read(off, 1), off
             off = self.pci_read(off + 1, 1) & ~3
 
+    def observe(self) -> None:
+        """Take over what is in force from the device itself, by reads that change nothing (ISR is not among them)."""
+        self.offered_lo, self.acked_lo = self.read("device_features"), self.read("guest_features")
+        for kind, off in self.capabilities():
+            if kind == pci.CAP_ID_MSIX:
+                self.msix_enabled = bool(self.pci_read(off + pci.MSIX_CONTROL, 2) & pci.MSIX_CONTROL_ENABLE)
+
     # -- negotiation ------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
@@ -168,15 +181,20 @@ class Device:
         counts = self.hi_present and acked >> features.FEATURES_HI & 1
         return acked | (self.read("guest_features_hi") << 32 if counts else 0)
 
-    def start(self, wanted: int = 0, *, msix: int | None = None, queues: tuple[int, ...] = (0,)) -> int:
+    def start(
+        self, wanted: int = 0, *, msix: int | None = None, queues: tuple[int, ...] = (0,), linux: bool = False
+    ) -> int:
         """The whole sequence: attach memory, reset, status, features, vectors, queues, DRIVER_OK. Returns G.
 
-        `msix`: how many vectors to use (config 0, queue n: 1 + n); 0: INTx; None: neither.
+        `wanted`: 64 feature bits; what is not offered is left out (ALL_FEATURES: everything but bit 30). `msix`: how
+        many vectors to use (config 0, queue n: 1 + n); 0: INTx; None: neither. `linux`: see set_up_queue().
         """
         self.memory.attach(self.client)
-        return self.restart(wanted, msix=msix, queues=queues)
+        return self.restart(wanted, msix=msix, queues=queues, linux=linux)
 
-    def restart(self, wanted: int = 0, *, msix: int | None = None, queues: tuple[int, ...] = (0,)) -> int:
+    def restart(
+        self, wanted: int = 0, *, msix: int | None = None, queues: tuple[int, ...] = (0,), linux: bool = False
+    ) -> int:
         """start() without mapping memory again."""
         self.reset()
         self.add_status(virtio.STATUS_ACKNOWLEDGE)
@@ -185,7 +203,7 @@ class Device:
         if msix is not None:
             self.set_up_interrupts(msix)
         for index in queues:
-            self.set_up_queue(index, acked)
+            self.set_up_queue(index, acked, linux=linux)
         self.add_status(virtio.STATUS_DRIVER_OK)
         return acked
 
@@ -209,13 +227,38 @@ class Device:
         if self.msix_enabled and 1 + index < len(self.vector_fds):
             self.set_queue_vector(index, 1 + index)
         kick, interrupt = rules(self.features() if acked is None else acked, linux=linux)
-        queue = Virtqueue(ring, lambda: self.kick(index), kick_rule=kick, interrupt_rule=interrupt)
+        queue = Virtqueue(ring, lambda: self.notify(index), kick_rule=kick, interrupt_rule=interrupt)
         self.queues[index] = queue
         return queue
 
     def kick(self, index: int, *, posted: bool = False) -> None:
         """Write queue_notify."""
         self.write("queue_notify", index, posted=posted)
+
+    def notify(self, index: int) -> None:
+        """Kick through the queue's eventfd if use_ioeventfds() found one, else by a write of queue_notify."""
+        if index in self.kick_fds:
+            self.client.eventfd_signal(self.kick_fds[index])
+        else:
+            self.kick(index)
+
+    def use_ioeventfds(self) -> dict[int, int]:
+        """Ask for eventfds that stand for queue_notify and kick through them from now on: queue -> eventfd.
+
+        Empty where the server has none, or does not know GET_REGION_IO_FDS.
+        """
+        try:
+            rows, fds = self.client.region_io_fds(BAR0)
+        except ServerError:
+            return self.kick_fds
+        self.client.adopt(fds)
+        place = self.map.by_name["queue_notify"]
+        self.kick_fds = {
+            row.datamatch: fds[row.fd_index]
+            for row in rows
+            if (row.offset, row.size) == (place.offset, place.width) and row.flags & lib.VFU_IOEVENTFD_DATAMATCH
+        }
+        return self.kick_fds
 
     # -- interrupts -------------------------------------------------------------------------------------------
 
@@ -262,6 +305,24 @@ class Device:
         self.client.irq_unmask(lib.VFU_IRQ_INTX)
         return isr
 
+    def queue_irq(self, index: int) -> int:
+        """The eventfd on which a queue's interrupts arrive: its vector's, or INTx's. DriverError when it has none."""
+        if self.msix_enabled and 1 + index < len(self.vector_fds):
+            return self.vector_fds[1 + index]
+        if self.intx_fd is None or self.msix_enabled:
+            raise DriverError(f"queue {index}: got no eventfd for its interrupts, wanted start(msix={2 + index}) or 0")
+        return self.intx_fd
+
+    def wait_interrupt(self, index: int, timeout: float | None = None) -> bool:
+        """Whether an interrupt of queue `index` comes before the deadline; it is taken, and INTx is ended as well."""
+        fd = self.queue_irq(index)
+        if not self.client.wait(fd, timeout):
+            return False
+        self.client.drain(fd)
+        if fd == self.intx_fd:
+            self.end_intx()
+        return True
+
     def set_config_vector(self, vector: int) -> int:
         """Write config_vector; returns what it reads back as (0xffff: refused)."""
         self.write("config_vector", vector)
@@ -292,6 +353,27 @@ class Device:
     def wait_used(self, queue: Virtqueue, n: int = 1, timeout: float | None = None) -> bool:
         """Whether `n` used entries wait to be collected before the deadline."""
         return self.wait_until(lambda: queue.pending >= n, timeout)
+
+
+@contextlib.contextmanager
+def open_device(
+    path: str | os.PathLike[str],
+    *,
+    memory: Memory | None = None,
+    timeout: float = 10,
+    layout: Layout | None = None,
+    gate: str = "acked",
+    placement: str = FOLLOWING,
+) -> Iterator[Device]:
+    """The function behind the vfio-user socket at `path`, not touched yet; the connection ends with the block.
+
+    `memory` stays the caller's; without it there are 16 MiB in one range. `timeout`: seconds for each wait. The rest:
+    see Device.
+    """
+    with contextlib.ExitStack() as stack:
+        ram = stack.enter_context(contextlib.closing(Memory(DEFAULT_BYTES))) if memory is None else memory
+        client = stack.enter_context(Client(path, timeout))
+        yield Device(client, ram, layout, gate=gate, placement=placement)
 
 
 def rules(acked: int, *, linux: bool = False) -> tuple[KickRule, InterruptRule]:

@@ -13,11 +13,14 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from vpci._core import ffi
 from vpci.vfu.client import Client, DmaOutside
 
 PAGE_BYTES = 4096
 DEFAULT_BASE = 0x10_0000
+DEFAULT_BYTES = 16 << 20
 READABLE, WRITABLE = 1, 2
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -50,6 +53,9 @@ def adjacent(base: int, sizes: Sequence[int], *, shared: bool = True) -> list[Ra
 class Memory:
     """RAM of `size` bytes at `base`, or of the given ranges (page aligned, without overlap, ascending).
 
+    `pieces`: into how many ranges of whole pages `size` is cut. Not `shared`: the server gets no file and has to ask
+    for every byte by DMA_READ and DMA_WRITE, which the client answers while it waits for anything.
+
     Word accesses are single aligned loads and stores of this process (a memoryview item is one `mov`), as [v0.9.1 2.3]
     wants for flags, idx and event words. Python has no fence. On x86 stores stay in order and so do loads; the one
     reordering that matters, a load that passes an earlier store (G2, G4), is ruled out between two steps here because
@@ -57,8 +63,17 @@ class Memory:
     system call must use C.
     """
 
-    def __init__(self, size: int = 1 << 20, base: int = DEFAULT_BASE, ranges: Sequence[Range] | None = None) -> None:
-        self.ranges = list(ranges) if ranges is not None else [Range(base, size, 0)]
+    def __init__(
+        self,
+        size: int = 1 << 20,
+        base: int = DEFAULT_BASE,
+        ranges: Sequence[Range] | None = None,
+        *,
+        pieces: int = 1,
+        shared: bool = True,
+    ) -> None:
+        cut = adjacent(base, _cut(size, pieces), shared=shared)
+        self.ranges = list(ranges) if ranges is not None else cut
         self.size = max(item.offset + item.size for item in self.ranges)
         self.fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self.size)
@@ -71,6 +86,7 @@ class Memory:
             4: self._bytes.cast("I"),
             8: self._bytes.cast("Q"),
         }
+        self._start = ffi.from_buffer("uint8_t[]", self._map, require_writable=True)
         self._spans = _spans(self.ranges)
         self._next = self._spans[0][0]
         self._freed: dict[tuple[int, int], list[int]] = {}
@@ -80,6 +96,7 @@ class Memory:
         for view in self._views.values():
             view.release()
         self._bytes.release()
+        ffi.release(self._start)
         self._map.close()
         os.close(self.fd)
 
@@ -170,6 +187,15 @@ class Memory:
         view, place = self._views[2], self._word(gpa, 2)
         return lambda: view[place], lambda value: view.__setitem__(place, value)
 
+    def pointer(self, gpa: int, size: int) -> Any:
+        """Where C finds `size` bytes at `gpa`, as a uint8_t *, good until close(). DmaOutside unless in one range."""
+        item = self.range_at(gpa)
+        if gpa + size > item.end:
+            raise DmaOutside(
+                f"{gpa:#x}+{size:#x}: got a range that ends at {item.end:#x}, wanted all of it in one range"
+            )
+        return self._start + (item.offset + gpa - item.gpa)
+
     def range_at(self, gpa: int) -> Range:
         """The range that holds `gpa`. Raises DmaOutside."""
         for item in self.ranges:
@@ -189,6 +215,14 @@ class Memory:
             n = min(size, item.end - gpa)
             yield item.offset + gpa - item.gpa, n
             gpa, size = gpa + n, size - n
+
+
+def _cut(size: int, pieces: int) -> list[int]:
+    """`size` bytes as `pieces` sizes of whole pages, the last with what is left over."""
+    each = size // pieces // PAGE_BYTES * PAGE_BYTES
+    if pieces > 1 and not each:
+        raise ValueError(f"guest RAM: got {size} bytes in {pieces} pieces, wanted a page or more in each")
+    return [each] * (pieces - 1) + [size - each * (pieces - 1)]
 
 
 def _spans(ranges: Sequence[Range]) -> list[tuple[int, int]]:

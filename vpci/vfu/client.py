@@ -25,6 +25,7 @@ from vpci.vfu import wire
 
 _INT_BYTES = 4
 _EVENT_BYTES = 8
+_ONE = (1).to_bytes(_EVENT_BYTES, "little")
 CAPABILITIES: dict[str, Any] = {"max_msg_fds": 16, "max_data_xfer_size": 1 << 20, "pgsizes": 4096}
 
 
@@ -278,6 +279,20 @@ class Client:
         fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ours.fds.add(fd)
         return fd
+
+    def irq_unmask_eventfd(self, index: int, vector: int = 0) -> int:
+        """A fresh eventfd, installed so that a write to it unmasks one vector; close() closes it."""
+        fd = self.eventfd()
+        self.set_irqs(index, lib.VFU_IRQ_DATA_EVENTFD | lib.VFU_IRQ_ACTION_UNMASK, vector, 1, (fd,))
+        return fd
+
+    def eventfd_signal(self, fd: int) -> None:
+        """Add 1 to an eventfd: a kick, or an unmask."""
+        os.write(fd, _ONE)
+
+    def adopt(self, fds: Iterable[int]) -> None:
+        """Descriptors that close() is to close."""
+        self._ours.fds.update(fds)
 
     def irq_off(self, index: int) -> None:
         """Take every eventfd of an index away."""
