@@ -23,6 +23,7 @@
 #include "api/engine.h"
 #include "api/dev.h"
 #include "api/blk.h"
+#include "api/drv.h"
 
 #define PAGE_SIZE_BYTES 4096u
 #define PAGE_SHIFT 12

@@ -343,6 +343,11 @@ class Virtqueue:
         else:
             self.ring.avail_flags = AVAIL_F_NO_INTERRUPT
 
+    def resync(self) -> None:
+        """Take the indices from the ring, after somebody else has used it; nothing may be in flight."""
+        self.added = self.evaluated = self.ring.avail_idx
+        self.last_used = self.ring.used_idx
+
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _table(self, buffers: Sequence[Buffer]) -> Desc:
