@@ -20,7 +20,7 @@ Serve a virtio PCI function to a VMM over vfio-user, with the register header of
 
 Start with `vpci config blk > blk.toml`, `vpci serve blk.toml`, and the arguments that `vpci qemu blk.toml` prints."""
 
-Argument = tuple[str, dict[str, Any]]  # a flag or a place, and argparse's options for it
+Argument = tuple[str, dict[str, Any]]  # a flag (or "short/long") or a place, and argparse's options for it
 
 _CONFIG: Argument = (
     "config",
@@ -128,11 +128,89 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
         "vpci config blk > blk.toml",
         [("model", {"metavar": "MODEL", "help": "blk, an entry point of vpci.models, or module:Class"})],
     ),
+    "drive": (
+        "be the driver of the device at a socket: show what is there, or do a job; without a job it writes nothing",
+        "vpci drive blk.sock read --length 1M -o first.img",
+        [
+            ("socket", {"metavar": "SOCKET", "help": "where a vfio-user server listens"}),
+            (
+                "--probe",
+                {
+                    "action": "store_true",
+                    "help": "show also what takes a write to see, and put it back: sizes by queue_select, bit 31",
+                },
+            ),
+            ("--gate", {"choices": ("acked", "offered"), "default": "acked", "help": "as header.hi_gate (acked)"}),
+            (
+                "--placement",
+                {"choices": ("following", "fixed24"), "default": "following", "help": "as header.hi_place (following)"},
+            ),
+            ("--wait", {"metavar": "S", "type": float, "default": 10, "help": "seconds for each answer (default: 10)"}),
+            _JSON,
+        ],
+    ),
     "doctor": (
         "say what is here, what is missing, and what to type",
         "vpci doctor",
         [_JSON],
     ),
+}
+
+_OFFSET: Argument = ("--offset", {"metavar": "SIZE", "default": "0", "help": "where it begins, as 4096 or 1M"})
+_OUTPUT: Argument = ("-o/--output", {"metavar": "FILE", "default": "-", "help": "where it goes (default: -, stdout)"})
+
+#: command -> its jobs, in the form of COMMANDS. The job is args.job, None when there is none.
+JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
+    "drive": {
+        "read": (
+            "read from a disk",
+            "vpci drive blk.sock read --offset 1M --length 4K -o block",
+            [
+                _OFFSET,
+                ("--length", {"metavar": "SIZE", "help": "how much, as 512 or 1M (default: to the end of the disk)"}),
+                _OUTPUT,
+            ],
+        ),
+        "write": (
+            "write to a disk, and flush it",
+            "vpci drive blk.sock write disk.img --offset 1M",
+            [("file", {"metavar": "FILE", "help": "what to write; -: stdin"}), _OFFSET],
+        ),
+        "send": (
+            "send frames through a network device",
+            "echo 'ffffffffffff 525400123456 0800 00' | vpci drive net.sock send -",
+            [("file", {"metavar": "FILE", "help": "a pcap file, or a frame a line in hexadecimal; -: stdin"})],
+        ),
+        "receive": (
+            "receive frames from a network device, one a line in hexadecimal, or as a pcap file",
+            "vpci drive net.sock receive --count 100 -o net.pcap",
+            [
+                ("--count", {"metavar": "N", "type": int, "default": 1, "help": "how many frames (default: 1)"}),
+                (
+                    "--timeout",
+                    {"metavar": "S", "type": float, "default": 10, "help": "seconds for each frame (default: 10)"},
+                ),
+                ("--send", {"metavar": "FILE", "help": "send these first, as the job send does"}),
+                ("-o/--output", {"metavar": "FILE", "help": "a pcap file to write, instead of lines on stdout"}),
+            ],
+        ),
+        "talk": (
+            "talk to a console: stdin goes to a port, what the port says to stdout",
+            "echo hello | vpci drive console.sock talk",
+            [
+                ("--port", {"metavar": "N", "type": int, "default": 0, "help": "which port (default: 0)"}),
+                (
+                    "--quiet",
+                    {
+                        "metavar": "S",
+                        "type": float,
+                        "default": 1.0,
+                        "help": "after the end of stdin, go on until nothing came for so many seconds (default: 1)",
+                    },
+                ),
+            ],
+        ),
+    }
 }
 
 
@@ -142,14 +220,22 @@ def parser() -> argparse.ArgumentParser:
         prog="vpci", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--version", action="version", version=f"vpci {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (what, example, arguments) in COMMANDS.items():
-        sub = commands.add_parser(
+    commands = _add(top.add_subparsers(dest="command", metavar="COMMAND", required=True), COMMANDS)
+    for name, jobs in JOBS.items():
+        _add(commands[name].add_subparsers(dest="job", metavar="JOB"), jobs)
+    return top
+
+
+def _add(place: Any, table: dict[str, tuple[str, str, Sequence[Argument]]]) -> dict[str, argparse.ArgumentParser]:
+    """A parser for each row of a table, by name."""
+    made: dict[str, argparse.ArgumentParser] = {}
+    for name, (what, example, arguments) in table.items():
+        made[name] = place.add_parser(
             name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=f"example: {example}"
         )
         for flag, options in arguments:
-            sub.add_argument(flag, **options)
-    return top
+            made[name].add_argument(*flag.split("/"), **options)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,6 +92,10 @@ class ConsoleDriver:
         cols, rows = struct.unpack("<HH", self.device.config_read(0, 4))
         return cols, rows
 
+    def max_nr_ports(self) -> int:
+        """How many ports there can be, with MULTIPORT."""
+        return int.from_bytes(self.device.config_read(4, 4), "little")
+
     # -- control messages -------------------------------------------------------------------------------------
 
     def send_control(self, message: Control) -> None:

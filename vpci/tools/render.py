@@ -145,3 +145,55 @@ def guest_run(result: dict[str, Any]) -> None:
     out.print(f"driver's status: {status}; device configuration now at {state['header']['config_base']}")
     verdict = "the guest's bytes are the host's bytes" if result["ok"] else "something above FAILED"
     out.print(Text(verdict, style="bold green" if result["ok"] else "bold red"))
+
+
+def driven(facts: dict[str, Any]) -> None:
+    """What `vpci drive` sees: identity, registers, features, queues, configuration."""
+    out = console()
+    for table in (_identity(facts), _registers(facts), _offered(facts), _queue_sizes(facts), _config(facts)):
+        show(out, table)
+    if not facts["features"]["hi_seen"] or any(queue["size"] is None for queue in facts["queues"]):
+        out.print(Text("? takes a write to see: --probe does that, and puts back what was there", style="yellow"))
+
+
+def _identity(facts: dict[str, Any]) -> Table:
+    table = _table(f"{facts['socket']}: {facts['kind']}", "", "")
+    for name, value in facts["identity"].items():
+        table.add_row(name.replace("_", " "), value)
+    table.add_row("MSI-X vectors", str(facts["vectors"]))
+    table.add_row("driver's status", ", ".join(facts["status"]) or "0")
+    return table
+
+
+def _registers(facts: dict[str, Any]) -> Table:
+    header = facts["header"]
+    state = f"MSI-X {'on' if header['msix'] else 'off'}, 32:63 fields {'there' if header['hi'] else 'not there'}"
+    table = _table(
+        f"register header in BAR0 ({state})", "register", "offset", "bytes", "access", right=["offset", "bytes"]
+    )
+    for field in header["registers"]:
+        table.add_row(field["name"], str(field["offset"]), str(field["width"]), field["access"])
+    table.add_row("device configuration", str(header["config_base"]), "", "")
+    return table
+
+
+def _offered(facts: dict[str, Any]) -> Table:
+    table = features(facts)
+    if not facts["features"]["hi_seen"]:
+        table.add_row("32:63", "?", "")
+    return table
+
+
+def _queue_sizes(facts: dict[str, Any]) -> Table:
+    table = _table("queues", "queue", "size", "ioeventfd", right=["queue", "size"])
+    for queue in facts["queues"]:
+        size = "?" if queue["size"] is None else str(queue["size"])
+        table.add_row(str(queue["index"]), size, "yes" if queue["ioeventfd"] else "-")
+    return table
+
+
+def _config(facts: dict[str, Any]) -> Table:
+    table = _table("device configuration", "field", "value", right=["value"])
+    for name, value in facts["config"].items():
+        table.add_row(name, str(value))
+    return table
