@@ -183,6 +183,28 @@ def test_a_device_that_does_not_answer_is_told(device, poll):
         load.run(count=3, timeout=0.05)
 
 
+@pytest.mark.parametrize(("event", "kicks"), [(0, 1), (2, 1), (3, 0), (0xFFFF, 0)])
+def test_with_avail_event_a_kick_is_due_when_it_was_crossed(device, event, kicks):
+    """Three chains in one publication: the index goes from 0 to 3. used.flags mean nothing then."""
+    ring = Silent(device, HI | BIT32).ring
+    ring.avail_event, ring.used_flags = event, 1
+    assert kicks_of_three(device) == kicks
+
+
+@pytest.mark.parametrize(("flags", "kicks"), [(0, 1), (1, 0), (2, 1)])
+def test_without_avail_event_used_flags_decide_on_a_kick(device, flags, kicks):
+    ring = Silent(device, BIT29).ring
+    ring.avail_event, ring.used_flags = 3 - 3 * kicks, flags
+    assert kicks_of_three(device) == kicks
+
+
+def kicks_of_three(device: Device) -> int:
+    with blk_load(device, depth=3) as load:
+        with pytest.raises(LoadError):
+            load.run(count=3, timeout=0.01)
+        return load.stats()["kicks"]
+
+
 def test_an_interrupt_that_never_comes_is_told_and_not_slept_over(device):
     """The entry is there as soon as the load has asked for its interrupt and sleeps; it must not be found by luck."""
     ring = Silent(device, BIT29).ring

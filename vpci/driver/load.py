@@ -184,6 +184,11 @@ class Load:
         passed = (time.monotonic_ns() - start) / _NS
         return self._result(before, why, passed)
 
+    def stats(self) -> dict[str, int]:
+        """The counters of all runs so far, also of one that failed."""
+        found = self._stats()
+        return {name: getattr(found, name) for name, _ in ffi.typeof("vpci_drv_stats").fields if name != "latency"}
+
     def close(self) -> None:
         """Give the buffers back; the queue can be used as before, unless a load failed on it."""
         if self._drv != ffi.NULL:
