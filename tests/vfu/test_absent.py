@@ -10,6 +10,7 @@ from pathlib import Path
 import cffi_build
 import vpci
 from tests.doubles import environment
+from tests.vfu import example
 
 MODULE = Path(vpci.__file__).parent / "pyvfio_user.py"
 
@@ -29,3 +30,11 @@ def test_every_function_of_the_library_is_used():
     text = MODULE.read_text()
     unused = {name for name in cffi_build.library_functions() if not re.search(rf"\b{name}\b", text)}
     assert unused == set()
+
+
+def test_the_page_says_where_each_function_is_and_every_name_on_it_exists():
+    page = example.PAGE.read_text().split("## Which function is where")[1]
+    theirs = set(re.findall(r"`((?:vfu|dma)_\w+)`", page))
+    assert theirs == cffi_build.library_functions()
+    ours = {name for name in re.findall(r"`(?:ScatterList\.)?([a-z_]+)`", page) if name not in theirs}
+    assert ours <= set(re.findall(r"def (\w+)\(", MODULE.read_text()))
