@@ -41,7 +41,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 try:
     from vpci._vfu import ffi, lib
@@ -64,7 +64,6 @@ LIBRARY_VERSION: tuple[int, int] = (lib.LIB_VFIO_USER_MAJOR, lib.LIB_VFIO_USER_M
 #: The library's own proposal for `setup_dma`.
 MAX_DMA_REGIONS: int = lib.LIBVFIO_USER_MAX_DMA_REGIONS
 
-_T = TypeVar("_T")
 _logger = logging.getLogger("pyvfio_user")
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # of no client's making
 
@@ -434,16 +433,21 @@ class Context:
                 raise VfuError(errno.EBUSY, "vfu_destroy_ctx", "not from a callback of the same context")
             try:
                 self._end_quiesce()
-                self._invoke("vfu_destroy_ctx")
             finally:
-                self._ctx = None
-                self._forget()
+                self._destroy()
+
+    def _destroy(self) -> None:
+        try:
+            self._invoke("vfu_destroy_ctx")
+        finally:
+            self._ctx = None
+            self._forget()
 
     def _end_quiesce(self) -> None:
         """A message that waits for the device holds memory and descriptors, which vfu_destroy_ctx would leak."""
         if self._quiescing:
             self._quiescing = False
-            lib.vfu_device_quiesced(self._ctx, errno.ECANCELED)
+            self._invoke("vfu_device_quiesced", errno.ECANCELED)
 
     def _forget(self) -> None:
         self._attached = False
@@ -769,12 +773,14 @@ class Context:
             if self._ctx is None:
                 raise VfuError(errno.EBADF, call, "a context that is not closed")
             self._depth += 1
+            _under_way.contexts.append(self)
             try:
                 result = getattr(lib, call)(self._ctx, *arguments)
                 error = ffi.errno
             except OverflowError as got:
                 raise VfuError(errno.EINVAL, call, f"numbers that fit: {got}") from got
             finally:
+                _under_way.contexts.pop()
                 self._depth -= 1
             if self._failures and not self._depth:
                 first = self._failures[0]
@@ -794,18 +800,6 @@ class Context:
         return bool(ready) and ends not in {fd for fd, _ in ready}
 
     # -- callbacks from the library ---------------------------------------------------------------------------
-
-    def _guarded(self, act: Callable[..., _T], *arguments: Any) -> _T | int:
-        """What `act` returns; or -1, with errno set and the exception kept. Nothing is raised into C."""
-        try:
-            return act(*arguments)
-        except Refused as refused:
-            ffi.errno = refused.errno
-        except BaseException as error:  # kept for _invoke to raise
-            self._failures.append(error)
-            _logger.error("%s: a callback failed: %r", self.path, error, exc_info=error)
-            ffi.errno = (error.errno if isinstance(error, OSError) else None) or errno.EIO
-        return -1
 
     def _on_region(self, region: int, buf: Any, count: int, offset: int, is_write: bool) -> int:
         read, write = self._callbacks.regions[region]
@@ -860,7 +854,7 @@ class Context:
             found._close()
         return 0
 
-    def _on_transition(self, state: int) -> int:
+    def _on_migration_transition(self, state: int) -> int:
         if self._callbacks.transition:
             self._callbacks.transition(MigrationState(state))
         return 0
@@ -1055,23 +1049,45 @@ def _of(ctx: Any) -> Context:
     return found
 
 
+class _UnderWay(threading.local):
+    """The contexts whose calls this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.contexts: list[Context] = []
+
+
+_under_way = _UnderWay()
+
+
+def _raised(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What a callback raised becomes errno, and the caller of the library's function gets it from `_invoke`.
+
+    cffi calls this, so that even an interrupt on the callback's first line is kept, where a `try` would miss it.
+    """
+    if isinstance(error, Refused):
+        ffi.errno = error.errno
+        return
+    context = _under_way.contexts[-1]
+    context._failures.append(error)
+    ffi.errno = (error.errno if isinstance(error, OSError) else None) or errno.EIO
+    _logger.error("%s: a callback failed: %r", context.path, error, exc_info=error)
+
+
 def _define(name: str, method: str, fails: int | None) -> None:
-    """pyvfu_NAME of callbacks.h: `method` of the context that the library calls for."""
+    """pyvfu_NAME of callbacks.h: a method of the context that the library calls for; `fails` answers for errors."""
 
     def call(ctx: Any, *arguments: Any) -> Any:
-        context = _of(ctx)
-        result = context._guarded(getattr(context, method), *arguments)
+        result = getattr(_of(ctx), method)(*arguments)
         return None if fails is None else result
 
-    ffi.def_extern(name, error=fails)(call)
+    ffi.def_extern(name, error=fails, onerror=_raised)(call)
 
 
 for _name, _fails in (
     ("region", -1), ("irq_state", None), ("reset", -1), ("quiesce", -1), ("dma_register", None),
-    ("dma_unregister", None), ("migration_read", -1), ("migration_write", -1),
+    ("dma_unregister", None), ("migration_transition", -1), ("migration_read", -1), ("migration_write", -1),
 ):  # fmt: skip
     _define(f"pyvfu_{_name}", f"_on_{_name}", _fails)
-_define("pyvfu_migration_transition", "_on_transition", -1)
 
 
 @ffi.def_extern("pyvfu_log")  # type: ignore[untyped-decorator]

@@ -9,9 +9,11 @@ import logging
 import os
 import pickle
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -347,6 +349,31 @@ def test_after_an_exception_the_connection_can_be_served_on(context):
     assert context.run(10) == 1
     thread.join(10)
     assert answers == [b"\0"]
+
+
+def test_an_interrupt_on_the_first_line_of_a_callback_is_not_lost(context):
+    """Ctrl-C can come before any `try` of ours: cffi would print it and go on."""
+    with_region(context, read=lambda offset, count: bytes(count))
+    context.realize()
+
+    def talk() -> None:
+        with Client(context.path) as client, contextlib.suppress(ServerError):
+            client.region_read(BAR2, 0, 1)
+
+    def interrupt(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_name == "call" and frame.f_code.co_filename == vfu.__file__:
+            raise KeyboardInterrupt
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    assert context.attach(10)
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            context.run(10)
+    finally:
+        sys.setprofile(None)
+    thread.join(10)
 
 
 @pytest.mark.parametrize("data", [b"", b"123", b"12345"])
@@ -687,6 +714,27 @@ def test_a_busy_device_can_be_closed_and_leaks_nothing(tmp_path):
             os.close(fd)
             library.fails(lambda: context.run(10), errno.EBUSY)
     assert open_fds(os.getpid()) == before
+
+
+def test_close_ends_what_it_can_when_a_callback_fails(tmp_path):
+    """A busy device whose reset fails too: the exception comes out, and everything is closed all the same."""
+    before = open_fds(os.getpid())
+    context = Context(tmp_path / "x")
+    context.pci_init()
+    context.setup_reset(lambda kind: {}["no such key"])
+    context.setup_quiesce(lambda: False)
+    context.realize()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(context.path)
+        client.sendall(wire.message(wire_lib.VFU_VERSION, wire.version_payload({})))
+        assert context.attach(10)
+        client.sendall(wire.message(wire_lib.VFU_DEVICE_RESET))
+        library.fails(lambda: context.run(10), errno.EBUSY)
+        with pytest.raises(KeyError):
+            context.close()
+    assert context.closed
+    assert open_fds(os.getpid()) == before
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_exception_of_quiesce_is_not_taken_for_busy(context, run):
