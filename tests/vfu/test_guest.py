@@ -124,8 +124,18 @@ def test_linux_sees_the_example_reads_its_byte_and_resets_it(tmp_path):
             guest.system_reset()
             assert int(guest.check(read).text) == 1
             assert guest.poweroff() == 0
+            assert guest.messages == b""
         relay.join(10)
     assert {command_name(message.command) for message in relay.messages} == MESSAGES
+    assert asked_for(relay, "DEVICE_SET_IRQS", 8) == {IrqType.INTX, IrqType.ERR}
+    assert asked_for(relay, "DEVICE_GET_IRQ_INFO", 8) == {IrqType.ERR}
+    assert sum(command_name(message.command) == "DMA_UNMAP" for message in relay.messages) > 20  # two boots
+
+
+def asked_for(relay: Relay, command: str, offset: int) -> set[int]:
+    """The 32-bit words at `offset` of these messages."""
+    chosen = (message.payload for message in relay.messages if command_name(message.command) == command)
+    return {int.from_bytes(payload[offset : offset + 4], "little") for payload in chosen}
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["memfd", "plain"])
@@ -134,7 +144,9 @@ def test_guest_memory_is_read_and_written_mapped_and_by_messages(tmp_path, share
         ram = next(one for one in device.context.ranges if one.iova <= LOW_RAM < one.end)
         assert ram.mapped is share
         assert ram.writable
-        if not share:  # QEMU carries it out as the device's own DMA, which the guest has not allowed yet
+        if share:
+            assert len(device.context.read(LOW_RAM, 15)) == 15
+        else:  # QEMU carries it out as the device's own DMA, which the guest has not allowed yet
             library.fails(lambda: device.context.read(LOW_RAM, 15), errno.ENODEV)
         guest.check(f"printf '\\007' | dd of={FUNCTION}/config bs=1 seek=4 conv=notrunc 2>&1")
         device.context.write(LOW_RAM, b"by libvfio-user")
