@@ -12,6 +12,7 @@ from setuptools import Distribution, Extension
 from setuptools.errors import SetupError
 
 import cffi_build
+from tests.doubles import environment
 from tests.vfu import fake
 from vpci.guest import doctor
 
@@ -122,12 +123,20 @@ def test_what_fits_is_built_and_has_the_header_s_values(monkeypatch, tmp_path):
         assert asked(extension, f"open('/proc/self/maps').read().count('{prefix}')") != "0"
 
 
-def asked(extension: Path, expression: str) -> str:
-    """What a fresh interpreter makes of an expression with `ffi` and `lib` of this extension."""
+def asked(extension: Path, expression: str, before: str = "") -> str:
+    """What a fresh interpreter makes of an expression with `ffi` and `lib` of this extension, which is vpci's there."""
     load = "spec = u.spec_from_file_location('vpci._vfu', sys.argv[1]); m = u.module_from_spec(spec)"
-    code = f"import sys, importlib.util as u; {load}; ffi, lib = m.ffi, m.lib; print({expression})"
-    command = [sys.executable, "-c", code, str(extension)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    code = f"import sys, importlib.util as u\n{load}; ffi, lib = m.ffi, m.lib; sys.modules['vpci._vfu'] = m\n{before}\n"
+    command = [sys.executable, "-c", f"{code}print({expression})", str(extension)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout.strip()
+
+
+def test_the_python_side_loads_on_it_and_tells_an_error(monkeypatch, tmp_path):
+    """All of it that can be seen without the library: the fake one makes no context."""
+    monkeypatch.setenv("VPCI_LIBVFIO_USER", str(fake.install(tmp_path / "prefix")))
+    use = "import vpci.pyvfio_user as p\ntry: p.Context('/nowhere')\nexcept p.VfuError as e: said = e"
+    told = "vfu_create_ctx: a socket path that can be made, not '/nowhere'"
+    assert asked(built(tmp_path), "f'{said.call}: {said.wanted}'", use) == told
 
 
 def test_a_function_that_the_header_lacks_is_named(misfit):
