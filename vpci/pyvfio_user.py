@@ -306,7 +306,7 @@ class Context:
         self._depth = 0
         self._failures: list[BaseException] = []
         self._callbacks = _Callbacks()
-        self._ranges: dict[int, DmaRange] = {}
+        self._ranges: dict[tuple[int, int], DmaRange] = {}  # by address and size: empty ones share an address
         self._fds: list[int] = []
         self._config_bytes = 0
         self._realized = self._attached = self._has_dma = self._has_migration = self._quiescing = False
@@ -694,7 +694,8 @@ class Context:
     @property
     def ranges(self) -> list[DmaRange]:
         """The guest memory that is there now, by address."""
-        return sorted(self._ranges.values(), key=lambda one: one.iova)
+        with self._lock:
+            return [self._ranges[key] for key in sorted(self._ranges)]
 
     def addr_to_sgl(self, address: int, size: int, *, write: bool = False) -> ScatterList:
         """The scatter list of `size` bytes at `address`: one entry per range. ENOENT: not all of it is there.
@@ -841,16 +842,15 @@ class Context:
 
     def _on_dma_register(self, info: Any) -> int:
         found = _range_of(info)
-        known = self._ranges.get(found.iova)
-        if known is None or known.size != found.size:  # a range may be given twice
-            self._ranges[found.iova] = known = found
+        known = self._ranges.setdefault((found.iova, found.size), found)  # a range may be given twice
         if self._callbacks.dma_register:
             self._callbacks.dma_register(known)
         return 0
 
     def _on_dma_unregister(self, info: Any) -> int:
         """The range is unmapped when this returns, so it is over whatever the device's callback does."""
-        found = self._ranges.pop(int(ffi.cast("uintptr_t", info.iova.iov_base)), None)
+        gone = _range_of(info)
+        found = self._ranges.pop((gone.iova, gone.size), None)
         if found is None:
             return 0
         try:
