@@ -13,7 +13,8 @@ from tests.doubles import Raw, Served, blk_config, serving
 from vpci.driver import BlkDriver, Device, Memory
 from vpci.vfu.client import Client
 
-pytest_plugins = ["tests.skipcheck"]
+# the plug-in has the name of its entry point, so that it is loaded once where it is installed
+pytest_plugins = ["tests.skipcheck", "vpci.testing.plugin"]
 
 MEMORY_BYTES = 4 << 20
 

@@ -6,90 +6,17 @@ Offsets that the tests use through Raw are typed from the paper, not taken from 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from vpci.testing.served import Served as Served
+from vpci.testing.served import environment as environment
 from vpci.vfu.client import Client, ServerError
 
-START_S = 20
 BAR0, BAR1, CONFIG = 0, 1, 7
 INTX, MSIX = 0, 2
 SECTOR = 512
-
-
-class Served:
-    """`vpci serve` on one configuration; `events` are the JSON lines read so far."""
-
-    def __init__(self, config: Path, sets: Sequence[str] = (), *, cwd: Path) -> None:
-        self.config, self.cwd = config, cwd
-        self.path = cwd / "dev.sock"
-        self.log = cwd / "serve.log"
-        arguments = [item for pair in sets for item in ("--set", pair)]
-        command = [sys.executable, "-m", "vpci", "serve", str(config), "--json", "--socket", str(self.path), *arguments]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=cwd, env=environment())
-        self.events: list[dict[str, Any]] = []
-        self._unread: list[dict[str, Any]] = []
-        self._text = b""
-
-    def wait_listening(self) -> Served:
-        """Until the first event; says what the server said when it ends instead."""
-        first = self.wait_event(lambda event: True, START_S)
-        assert first["event"] == "listening", first
-        assert first["socket"] == str(self.path.absolute())
-        return self
-
-    def wait_event(self, wanted: Any, timeout: float = 10) -> dict[str, Any]:
-        """The next event for which wanted(event) holds."""
-        deadline = time.monotonic() + timeout
-        while True:
-            while self._unread:
-                self.events.append(self._unread.pop(0))
-                if wanted(self.events[-1]):
-                    return self.events[-1]
-            self._unread += self._lines(deadline)
-
-    def _lines(self, deadline: float) -> list[dict[str, Any]]:
-        assert self.process.stdout is not None
-        fd = self.process.stdout.fileno()
-        if not select.select([fd], [], [], max(0, deadline - time.monotonic()))[0]:
-            raise TimeoutError(f"no event in time; the server's log:\n{self.log.read_text()}")
-        got = os.read(fd, 65536)
-        if not got:
-            raise EOFError(f"the server ended with {self.process.wait(10)}; its log:\n{self.log.read_text()}")
-        *whole, self._text = (self._text + got).split(b"\n")
-        return [json.loads(line) for line in whole]
-
-    def client(self, **more: Any) -> Client:
-        """A new client; the server holds one at a time."""
-        return Client(self.path, **more)
-
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """End the server and return its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(how)
-        try:
-            return self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise
-        finally:
-            if self.process.stdout is not None:
-                self.process.stdout.close()
-
-
-def environment() -> dict[str, str]:
-    """Ours, and the same modules in the same order, from any directory: the child serves what we were told to test."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def blk_config(

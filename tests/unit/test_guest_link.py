@@ -2,13 +2,14 @@
 
 import base64
 import socket
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vpci.guest.errors import GuestTimeout, MachineError
-from vpci.guest.link import Frames, Link, Result, encode_command
+from vpci.guest.link import PIECE, Frames, Link, Result, encode_command
 
 
 def answer(token: int, status: int, output: bytes) -> bytes:
@@ -90,3 +91,40 @@ def test_a_guest_that_is_gone_ends_the_wait_at_once(ends: tuple[socket.socket, s
         Link(ends[0], gone).wait_ready(timeout=60)
     with pytest.raises(MachineError, match="QEMU ended"):
         Link(ends[0], gone).run("true", timeout=60)
+
+
+def guest_that_takes(theirs: socket.socket, size: int, then: bytes) -> tuple[threading.Thread, list[bytes]]:
+    """A guest that reads the command, asks for `size` bytes piece by piece, and then answers."""
+    taken: list[bytes] = []
+
+    def take() -> None:
+        with theirs.makefile("rwb") as port:
+            taken.append(port.readline())
+            for at in range(0, size, PIECE):
+                port.write(b"vpci-more 1\n")
+                port.flush()
+                taken.append(port.read(min(PIECE, size - at)))
+            port.write(then)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    return thread, taken
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
+def test_a_file_goes_in_piece_by_piece_as_the_guest_asks(ends: tuple[socket.socket, socket.socket], size: int) -> None:
+    data = bytes(range(256)) * (size // 256 + 1)
+    thread, taken = guest_that_takes(ends[1], size, answer(1, 0, b""))
+    assert Link(ends[0], lambda: None).put("/a file", data[:size], 0o644, 10) == Result(0, b"")
+    thread.join()
+    assert b"".join(taken[1:]) == data[:size]
+    command = base64.b64decode(taken[0].split()[1]).decode()
+    assert "'/a file'" in command
+    assert f"left={size}\n" in command
+
+
+def test_a_guest_that_cannot_write_ends_the_file_early(ends: tuple[socket.socket, socket.socket]) -> None:
+    thread, taken = guest_that_takes(ends[1], PIECE, answer(1, 1, b"no space"))
+    assert Link(ends[0], lambda: None).put("/x", bytes(5 * PIECE), 0o644, 10) == Result(1, b"no space")
+    thread.join()
+    assert len(taken) == 2

@@ -15,11 +15,13 @@ from vpci.vfu.server import Server
 #: Of the events on stdout: it grows when one changes its meaning or goes, not when one comes.
 EVENTS_VERSION = 1
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+TELL_SIGNAL = signal.SIGUSR1
+SIGNALS = STOP_SIGNALS | {TELL_SIGNAL}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM. 0 when all work was finished and flushed."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread is made: all inherit it
+    """Serve until SIGINT or SIGTERM; SIGUSR1 tells the state. 0 when all work was finished and flushed."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # before any thread is made: all inherit it
     out = Output(args.json)
     config = configuration.load(args.config, args.sets)
     server = make_server(config, args.socket, out)
@@ -34,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         pid=os.getpid(),
     )
     server.start()
-    number = signal.sigwait(STOP_SIGNALS)
+    while (number := signal.sigwait(SIGNALS)) == TELL_SIGNAL:
+        out.event("state", "the state of the device", state=server.state())
     return stop(server, out, signal.Signals(number).name)
 
 

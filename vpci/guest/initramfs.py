@@ -97,8 +97,13 @@ def _folders(names: list[str]) -> list[str]:
 
 def _file_entry(name: str, content: Content) -> bytes:
     data = content.read_bytes() if isinstance(content, Path) else content
-    executable = data.startswith((b"#!", b"\x7fELF")) or (isinstance(content, Path) and os.access(content, os.X_OK))
-    return _entry(str(PurePosixPath(name))[1:], stat.S_IFREG | (0o755 if executable else 0o644), data)
+    mode = 0o755 if is_executable(content, data) else 0o644
+    return _entry(str(PurePosixPath(name))[1:], stat.S_IFREG | mode, data)
+
+
+def is_executable(content: Content, data: bytes) -> bool:
+    """Whether a file is to be executable in the guest: it is on the host, or its bytes are a script or an ELF image."""
+    return data.startswith((b"#!", b"\x7fELF")) or (isinstance(content, Path) and os.access(content, os.X_OK))
 
 
 def _entry(name: str, mode: int, data: bytes, n_links: int = 1, device: tuple[int, int] = (0, 0)) -> bytes:

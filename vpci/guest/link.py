@@ -5,19 +5,22 @@ that timed out do no harm.
 """
 
 import base64
+import posixpath
 import re
 import select
+import shlex
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from vpci.guest.errors import GuestTimeout, MachineError
 
 _T = TypeVar("_T")
 READY = b"vpci-ready\n"
 LONGEST = 32768  # what Linux's tty buffers hold for a shell that is not reading yet
+PIECE = 16384  # bytes of a file for which the guest asks at once; half of LONGEST
 _STEP = 0.25  # seconds between two looks at the guest's health
 _RESULT = re.compile(rb"vpci-result (?P<token>\d+) (?P<status>\d+) (?P<size>\d+)\n")
 
@@ -41,6 +44,30 @@ def encode_command(token: int, command: str) -> bytes:
     if len(line) > LONGEST:
         raise ValueError(f"command of {len(command)} characters: hand long scripts over with files=")
     return line
+
+
+def more_line(token: int) -> bytes:
+    """With what a command that reads a file's bytes from the port asks for the next piece."""
+    return b"vpci-more %d\n" % token
+
+
+def receive_command(token: int, path: str, size: int, mode: int) -> str:
+    """A command that takes `size` bytes from the port, piece by piece, into the file at `path`.
+
+    The host sends a piece only when it was asked for, because a serial port has nothing else that would stop it.
+    """
+    quoted = shlex.quote(path)
+    ask = f"echo {more_line(token).decode().strip()} >/dev/ttyS1"
+    take = f"dd bs=$n count=1 iflag=fullblock </dev/ttyS1 >>{quoted}"
+    return (
+        f"mkdir -p {shlex.quote(posixpath.dirname(path) or '.')} && : >{quoted} && chmod {mode:o} {quoted} || exit\n"
+        f"left={size}\n"
+        "while [ $left -gt 0 ]; do\n"
+        f"  n=$((left < {PIECE} ? left : {PIECE}))\n"
+        f"  {ask} && {take} || exit\n"
+        "  left=$((left - n))\n"
+        "done\n"
+    )
 
 
 class Frames:
@@ -68,6 +95,13 @@ class Frames:
             if int(found["token"]) == token:
                 return Result(int(found["status"]), output)
         return None
+
+    def take_more(self, token: int) -> bool:
+        """True once for each time that the command `token` asked for the next piece of its input."""
+        _, found, rest = self._buffer.partition(more_line(token))
+        if found:
+            self._buffer = rest
+        return bool(found)
 
     def started_again(self) -> bool:
         """True when the guest's loop started anew while an answer was awaited."""
@@ -97,12 +131,28 @@ class Link:
         self.send(command)
         return self._wait(self._result, timeout, f"finish {command!r}")
 
+    def put(self, path: str, data: bytes, mode: int, timeout: float) -> Result:
+        """Write a file in the guest; `timeout` is for each piece of it. Raises as run does."""
+        self.send(receive_command(self._token + 1, path, len(data), mode))
+        for at in range(0, len(data), PIECE):
+            answer = self._wait(self._more, timeout, f"take byte {at} of {path}")
+            if isinstance(answer, Result):
+                return answer
+            self._send(data[at : at + PIECE])
+        return self._wait(self._result, timeout, f"finish {path}")
+
+    def _more(self) -> Result | Literal[True] | None:
+        """The guest wants the next piece, or it has ended without it."""
+        return True if self._frames.take_more(self._token) else self._result()
+
     def send(self, command: str) -> None:
         """Start `command` and do not wait: for what never answers, like poweroff."""
         self._token += 1
-        line = encode_command(self._token, command)
+        self._send(encode_command(self._token, command))
+
+    def _send(self, data: bytes) -> None:
         try:
-            self._connection.sendall(line)
+            self._connection.sendall(data)
         except OSError as error:
             self._check_alive()
             raise MachineError(f"the guest's command port is closed: {error.strerror}") from error

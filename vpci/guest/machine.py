@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -181,7 +183,20 @@ class Guest:
 
     def read_file(self, path: str, timeout: float = 60.0) -> bytes:
         """The bytes of a file in the guest."""
-        return self.check(f"cat '{path}'", timeout).output
+        return self.check(f"cat {shlex.quote(path)}", timeout).output
+
+    def write_file(self, path: str, content: initramfs.Content, timeout: float = 60.0) -> None:
+        """Make or replace a file in the guest, and the folders above it: bytes, or a file on the host.
+
+        It is executable by the rule of `files`. The serial port takes some 100 KB/s: hand over what is large with
+        `files`. `timeout` holds for each 16 KiB; a guest that did not take them in time takes no more commands. Raises
+        GuestFailed when the guest cannot write the file.
+        """
+        data = content.read_bytes() if isinstance(content, Path) else content
+        mode = 0o755 if initramfs.is_executable(content, data) else 0o644
+        result = self._with_logs(lambda: self._linked.put(path, data, mode, timeout))
+        if result.status:
+            raise GuestFailed(f"in the guest, {path} of {len(data)} bytes could not be written:\n{result.text}")
 
     # control
 
@@ -334,6 +349,11 @@ class Guest:
             return act()
         except GuestTimeout as error:
             raise GuestTimeout(f"{error}{self._logs()}") from None
+
+    def account(self) -> str:
+        """For a person whose test failed: the ends of what the guest and QEMU said so far."""
+        how = "not started" if self._process is None else "running" if self.returncode is None else "ended"
+        return f"Linux {self.kernel}, {how}{self._logs()}"
 
     def _logs(self) -> str:
         """The tails of what the guest, QEMU and (when Linux did not say anything yet) SeaBIOS said."""

@@ -1,0 +1,27 @@
+"""For the tests of devices and drivers, ours and others': a pytest plug-in, served devices, contract checks.
+
+`vpci.testing.plugin` has the fixtures. `check_model`, `check_backend` and `check_transport` hold an implementation of a
+seam against its contract. Importing this package imports nothing else: what is named is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vpci.testing.golden import Golden as Golden
+    from vpci.testing.served import Served as Served
+    from vpci.testing.served import ServedError as ServedError
+
+_PLACES = {
+    "Golden": "golden",
+    "Served": "served",
+    "ServedError": "served",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_PLACES)}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
