@@ -161,3 +161,11 @@ def test_sizes_in_words(text, size):
 def test_other_words_are_no_sizes(text):
     with pytest.raises(ValueError, match="64M"):
         parse_size(text)
+
+
+def test_a_flush_of_a_closed_image_is_a_backend_error(image):
+    disk = FileDisk(image)
+    disk.close()
+    with pytest.raises(BackendError, match="closed: EBADF") as caught:
+        disk.flush()
+    assert (caught.value.path, caught.value.errno) == (image, errno.EBADF)

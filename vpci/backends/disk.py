@@ -46,6 +46,8 @@ class FileDisk:
 
     def flush(self) -> None:
         """Everything that was written is on stable storage when this returns. BackendError if it cannot be."""
+        if self.fd < 0:
+            raise BackendError(self.path, errno.EBADF, "cannot flush the image: it is closed")
         try:
             os.fdatasync(self.fd)
         except OSError as error:
