@@ -61,6 +61,11 @@ def test_part_stays_away_from(part):
         assert not parts_imported(path) & NEVER[part], path
 
 
+def test_what_is_for_tests_is_imported_by_nothing_else():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        assert path.parent.name == "testing" or "testing" not in parts_imported(path), path
+
+
 def test_the_rule_can_fail(tmp_path):
     """A planted upward call is seen, also inside a function."""
     (tmp_path / "bad.py").write_text("def f():\n    from vpci import pci\n    import vpci.vfu.server\n")

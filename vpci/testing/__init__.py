@@ -10,12 +10,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vpci.testing.backend import check_backend as check_backend
+    from vpci.testing.contract import ContractBroken as ContractBroken
     from vpci.testing.golden import Golden as Golden
+    from vpci.testing.model import check_model as check_model
     from vpci.testing.served import Served as Served
     from vpci.testing.served import ServedError as ServedError
 
 _PLACES = {
+    "ContractBroken": "contract",
     "Golden": "golden",
+    "check_backend": "backend",
+    "check_model": "model",
     "Served": "served",
     "ServedError": "served",
 }
