@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from vpci.testing.model import check_model as check_model
     from vpci.testing.served import Served as Served
     from vpci.testing.served import ServedError as ServedError
+    from vpci.testing.transport import check_transport as check_transport
 
 _PLACES = {
     "ContractBroken": "contract",
     "Golden": "golden",
     "check_backend": "backend",
     "check_model": "model",
+    "check_transport": "transport",
     "Served": "served",
     "ServedError": "served",
 }
