@@ -58,3 +58,9 @@ def test_it(vpci_guest):
     )
     (pid,) = [line.split()[1] for line in result.outlines if line.startswith("pid ")]
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_the_example_of_the_testing_page_works(run):
+    page = (Path(__file__).parents[2] / "docs/testing.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0]
+    run(example).assert_outcomes(passed=1)

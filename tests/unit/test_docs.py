@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def test_the_architecture_page_has_every_operation_in_order():
     header = (ROOT / "vpci/csrc/pump.h").read_text()
     operations = re.findall(r"^    (OP_\w+)", header.split("enum op {")[1].split("}")[0], re.MULTILINE)
     assert table("docs/architecture.md", "What waits for what")[: len(operations)] == operations
+
+
+@pytest.mark.parametrize("seam", ["model", "backend", "transport"])
+def test_the_testing_page_has_every_clause_in_order(seam):
+    clauses = importlib.import_module(f"vpci.testing.{seam}").CLAUSES
+    assert table("docs/testing.md", f"The contract of {seam}s") == [clause.__name__ for clause in clauses]
+
+
+def test_the_testing_page_has_every_fixture():
+    from vpci.testing import plugin
+
+    fixtures = [name for name, value in vars(plugin).items() if type(value).__name__ == "FixtureFunctionDefinition"]
+    assert table("docs/testing.md", "Fixtures") == fixtures
 
 
 def test_decisions_are_numbered_without_a_gap():
