@@ -41,26 +41,22 @@ def test_a_guest_has_the_devices_in_order_and_takes_and_gives_files(vpci_device,
     assert "sid, running" in guest.account()
 
 
-def test_a_guest_is_gone_after_its_test_and_its_console_is_shown_when_that_fails(run):
-    result = run(
-        """
-def test_it(vpci_guest):
-    guest = vpci_guest()
+def test_the_example_of_the_testing_page_works_and_a_failure_behind_it_shows_the_console(run):
+    page = (Path(__file__).parents[2] / "docs/testing.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0]
+    failure = """
     guest.check("echo seen on the console >/dev/console")
     guest.wait_console("seen on the console")
     print("pid", guest.pid)
     guest.check("echo why; false")
 """
-    )
+    result = run(example + failure)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        ["*GuestFailed*ended with 1:", "*why", "* vpci_guest *", "Linux 6.1, running", "*seen on the console"]
-    )
+        [
+            "*GuestFailed*'echo why; false' ended with 1:", "*why", "pid *",
+            "* vpci_device 0 *", "*the server runs", "* vpci_guest *", "Linux 6.1, running", "*seen on the console",
+        ]
+    )  # fmt: skip
     (pid,) = [line.split()[1] for line in result.outlines if line.startswith("pid ")]
-    assert not Path(f"/proc/{pid}").exists()
-
-
-def test_the_example_of_the_testing_page_works(run):
-    page = (Path(__file__).parents[2] / "docs/testing.md").read_text()
-    example = page.split("```python\n")[1].split("```")[0]
-    run(example).assert_outcomes(passed=1)
+    assert not Path(f"/proc/{pid}").exists(), "the guest is gone after its test"

@@ -27,6 +27,7 @@ class Sound(Model):
     )
     config_size = 16
     default_queue_size = 8
+    loses = False  # requests never come back
 
     def __init__(self, section: Any = None, queue_size: int | None = None, max_sg: int = 1024) -> None:
         super().__init__(section, queue_size, max_sg)
@@ -177,7 +178,9 @@ class Strict(Sound):
 
 
 class Forgets(Sound):
-    """Of requests without anything to write."""
+    """Requests without anything to write."""
+
+    loses = True
 
     def work(self, chains: Sequence[Chain]) -> None:
         super().work([chain for chain in chains if chain.writable])
@@ -192,6 +195,8 @@ class Twice(Sound):
 class FirstOnly(Sound):
     """One of a batch."""
 
+    loses = True
+
     def work(self, chains: Sequence[Chain]) -> None:
         super().work(chains[:1])
 
@@ -202,6 +207,8 @@ class Shrinks(Sound):
 
 
 class NeverGivesBack(Sound):
+    loses = True
+
     def give_back(self) -> None:
         """Whatever the driver did."""
 
