@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from typing import Any
 
 from vpci import config as configuration
 from vpci.build import make_function
@@ -37,8 +38,15 @@ def run(args: argparse.Namespace) -> int:
     )
     server.start()
     while (number := signal.sigwait(SIGNALS)) == TELL_SIGNAL:
-        out.event("state", "the state of the device", state=server.state())
+        state = server.state()
+        out.event("state", _summary(state), state=state)
     return stop(server, out, signal.Signals(number).name)
+
+
+def _summary(state: dict[str, Any]) -> str:
+    """A state in a line: what the driver said of itself, and the requests that each queue has given back."""
+    used = (f"{queue['name']} {ring['used']}" for queue, ring in zip(state["queues"], state["rings"], strict=True))
+    return f"device_status {' '.join(state['status']) or 0}; requests done: {', '.join(used)}"
 
 
 def make_server(config: Config, socket: str | None, out: Output) -> Server:
