@@ -114,10 +114,7 @@ class Model:
         return field.feature is None or bool(self.offered >> field.feature & 1)
 
     def reset(self) -> None:
-        """Back to the configured state; a model that keeps chains completes them here, for the driver waits for that.
-
-        A subclass that overrides it calls this one.
-        """
+        """Back to the configured state. A subclass that overrides it calls this one."""
         self._written.clear()
 
     def config_written(self, fields: tuple[str, ...]) -> None:
