@@ -7,6 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.doubles import environment
+from vpci.guest.cache import cache_dir
+
+CACHE = str(cache_dir())  # before pytester changes HOME: no test may have to bring a QEMU
 
 RNG = """
 import os
@@ -34,6 +37,7 @@ class Crash(Rng):
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[..., pytest.RunResult]:
     """run(module text, arguments): pytest in a process of its own, beside the module `rng`."""
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    monkeypatch.setenv("VPCI_CACHE", CACHE)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makeini("[pytest]\naddopts = -p no:cacheprovider -p vpci.testing.plugin\n")
     pytester.makepyfile(rng=RNG)
