@@ -149,6 +149,38 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
             _JSON,
         ],
     ),
+    "check": (
+        "run the conformance cases on a device and say what became of each",
+        "vpci check configs/blk.toml --only B,C03",
+        [
+            (
+                "target",
+                {"metavar": "TARGET", "help": "a CONFIG, which is served on a scratch image, or a vfio-user socket"},
+            ),
+            (
+                "--only",
+                {
+                    "metavar": "ID|GROUP,...",
+                    "default": "A,B,C,D,E,F,G,H,I,J,K,L,M,N,O,P,Q,R,S",
+                    "help": "these cases and groups",
+                },
+            ),
+            ("--junit", {"metavar": "FILE", "help": "write JUnit XML as well"}),
+            ("--in-place", {"action": "store_true", "help": "of a CONFIG: use its own image, which is written"}),
+            ("--destructive", {"action": "store_true", "help": "on a socket: run what writes to the disk, too"}),
+            (
+                "--timeout",
+                {
+                    "metavar": "SECONDS",
+                    "type": float,
+                    "default": 5.0,
+                    "help": "how long an answer may take (default: 5)",
+                },
+            ),
+            _SET,
+            _JSON,
+        ],
+    ),
     "doctor": (
         "say what is here, what is missing, and what to type",
         "vpci doctor",

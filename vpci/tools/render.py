@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from vpci.guest.doctor import Check
+
+if TYPE_CHECKING:
+    from vpci.check.runner import Verdict
 
 RING_COLUMNS = {
     "requests": "chains",
@@ -41,6 +45,24 @@ def show(out: Console, table: Table) -> None:
     out.print(Text(title, style="bold"))
     out.print(table)
     out.print()
+
+
+_RESULT_STYLES = {"PASS": "green", "REJECT": "cyan", "FAIL": "bold red", "WEDGED": "bold red", "SKIP": "dim"}
+
+
+def verdict(found: Verdict) -> None:
+    """One line: what became of a case of `vpci check`."""
+    text = Text(f"{found.result.value:<6}", style=_RESULT_STYLES[found.result.value])
+    text.append(f"  {found.id}  ", style="bold").append(found.claim, style="not bold")
+    text.append(f" [{found.source}]", style="dim")
+    if found.reason:
+        text.append(f" -- {found.reason}", style="dim" if found.result.value == "SKIP" else "not bold")
+    plain_console().print(text, soft_wrap=True)
+
+
+@functools.cache
+def plain_console() -> Console:
+    return console()
 
 
 def _verdict(ok: bool) -> Text:

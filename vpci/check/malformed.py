@@ -1,0 +1,241 @@
+"""Group Q: rings that cannot be trusted (the queue stops), requests that cannot be served (they fail), and oddities."""
+
+from __future__ import annotations
+
+import time
+
+from vpci.check.blk import SECTOR
+from vpci.check.cases import Need, case, claim, expect
+from vpci.check.guest import BASE, IN, INDIRECT, IOERR, NEXT, OK, RAM_BYTES, WRITE, Guest, Part, Request, Ring
+
+NOWHERE = 0x7FFF_0000
+TABLE = Need(bits=(28,))
+MANY_DESCRIPTORS = 1000
+
+
+@case("Q01", "avail.idx further ahead than the ring has entries is a ring error", 'QEMU "Guest moved avail index"')
+def q01(g: Guest) -> None:
+    ring = g.start()
+    for ahead in (ring.q + 1, 0xFFFF):
+        ring.works()
+        ring.idx = (ring.idx + ahead) & 0xFFFF
+        ring.publish()
+        ring.kick()
+        g.ring_error(ring, "avail_jump")
+        ring = g.ring()
+
+
+@case("Q03", "a head that is not below the ring's size is a ring error", "QEMU")
+def q03(g: Guest) -> None:
+    ring = g.start()
+    for head in (ring.q, 0xFFFF):
+        ring.offer(head)
+        ring.kick()
+        g.ring_error(ring, "head")
+        ring = g.ring()
+
+
+@case("Q04", "a next that is not below the ring's size is a ring error", "QEMU")
+def q04(g: Guest) -> None:
+    ring = g.start()
+    for next_ in (ring.q, 0xFFFF):
+        request = g.get_id()
+        ring.desc(0, request.header, 16, NEXT, next_)
+        ring.offer(0)
+        ring.kick()
+        g.ring_error(ring, "next")
+        ring = g.ring()
+
+
+def _links(g: Guest, ring: Ring, nexts: tuple[int, ...], flags: int = 0) -> None:
+    """Descriptors 0, 1, .. with these `next`."""
+    buffer = g.alloc(64)
+    for n, next_ in enumerate(nexts):
+        ring.desc(n, buffer, 16, NEXT | flags, next_)
+    ring.offer(0)
+
+
+@case("Q05", "a loop of one or two descriptors is a ring error, at once", 'V1L "loops ... forbidden"')
+def q05(g: Guest) -> None:
+    ring = g.start()
+    for nexts, flags in (((0,), 0), ((1, 0), 0), ((1, 2, 1), WRITE), ((0,), WRITE)):
+        _links(g, ring, nexts, flags)
+        began = time.monotonic()
+        ring.kick()
+        g.settle()
+        claim(time.monotonic() - began < g.timeout / 2, "the loop was walked for long")
+        g.ring_error(ring, "loop")
+        ring = g.ring()
+
+
+@case("Q06", "the same head twice in a batch is served twice", "REC")
+def q06(g: Guest) -> None:
+    ring = g.start()
+    request = g.get_id()
+    ring.offer(*[ring.chain(request.parts, 4)] * 2)
+    ring.kick()
+    ring.wait()
+    expect([ring.element(0), ring.element(1)], [(4, 21), (4, 21)], "used entries")
+    ring.works()
+
+
+@case(
+    "Q07",
+    "a chain longer than the ring, or than max_sg, is a ring error",
+    "V1L",
+    Need(),
+    Need(bits=(28,), sets={"queues.max_sg": 8}),
+)
+def q07(g: Guest) -> None:
+    if not g.need.sets:
+        ring = g.start()
+        _links(g, ring, tuple((n + 1) % ring.q for n in range(ring.q)))
+        ring.kick()
+        g.ring_error(ring, "loop")
+        return
+    ring = g.start(28)
+    parts: list[Part] = [(g.alloc(64), 8, False)] * 9
+    ring.table(parts)
+    ring.offer(0)
+    ring.kick()
+    g.ring_error(ring, "max_sg")
+
+
+def failed(g: Guest, ring: Ring, request: Request, what: str) -> None:
+    """IOERR in the last writable byte, nothing else written, and the queue goes on."""
+    before = g.memory.snapshot()
+    expect(ring.do(request).status, IOERR, f"status, {what}")
+    at = g.memory.place(request.status)
+    used = g.memory.place(ring.used)
+    allowed = {at, *range(used, used + 6 + 8 * ring.q)}
+    after, table = g.memory.snapshot(), g.memory.place(ring.base)
+    allowed |= set(range(table, used))  # what we wrote ourselves to submit it
+    if before != after:
+        written = [n for n in _differences(before, after) if n not in allowed]
+        claim(not written, f"{what}: memory was written at file offset {written[:1]}")
+    ring.works()
+
+
+def _differences(old: bytes, new: bytes) -> list[int]:
+    """Where two images of the same length differ."""
+    found: list[int] = []
+    for start in range(0, len(old), 4096):
+        if old[start : start + 4096] != new[start : start + 4096]:
+            found += [n for n in range(start, min(start + 4096, len(old))) if old[n] != new[n]]
+    return found
+
+
+@case(
+    "Q08",
+    "a readable descriptor after a writable one fails the request",
+    'S091 buffer definition; QEMU "Incorrect order"',
+)
+def q08(g: Guest) -> None:
+    ring = g.start()
+    request = g.get_id()
+    header, data, status = request.parts
+    more = (g.alloc(16), 16, False)
+    for parts in ([header, data, more, status], [data, header, status], [header, data, status, more]):
+        request.parts = list(parts)
+        failed(g, ring, request, "readable after writable")
+
+
+@case(
+    "Q10",
+    "IN whose data descriptor is readable: no readable memory is modified",
+    'V1L "MUST NOT write to a device-readable buffer"',
+)
+def q10(g: Guest) -> None:
+    ring = g.start()
+    request = g.request(IN, 0, room=SECTOR)
+    header, data, status = request.parts
+    request.parts = [header, (data[0], data[1], False), status]
+    done = ring.do(request)
+    claim(done.status in (OK, IOERR), f"status {done.status}")
+    expect(done.data, b"\xcc" * SECTOR, "the readable buffer")
+    ring.works()
+
+
+@case("Q11", "descriptors of length 0, first, in the middle and last, are skipped", "REC (QEMU: fatal)")
+def q11(g: Guest) -> None:
+    ring = g.start()
+    for place, writable, addr in ((0, False, 0), (1, False, NOWHERE), (2, True, 0), (3, True, NOWHERE), (1, True, 0)):
+        request = g.get_id()
+        request.parts.insert(place, (addr, 0, writable))
+        if place == 1 and writable:
+            request.parts.insert(3, (addr, 0, True))
+        done = ring.do(request)
+        expect((done.status, done.length), (OK, 21), f"length 0 at place {place}: (status, used.len)")
+
+
+@case("Q12", "a data buffer outside memory fails the request, and nothing is written", "REC")
+def q12(g: Guest) -> None:
+    ring = g.start()
+    end = BASE + RAM_BYTES
+    for addr in (NOWHERE, end - 256, end, 0, (1 << 63) + BASE):
+        request = g.request(IN, 0, room=SECTOR)
+        request.parts[1] = (addr, SECTOR, True)
+        failed(g, ring, request, f"data at {addr:#x}")
+    request = g.get_id()
+    request.parts[0] = (NOWHERE, 16, False)
+    failed(g, ring, request, "the header outside memory")
+
+
+@case("Q15", "a buffer whose address plus length passes 2^64 fails the request", "REC")
+def q15(g: Guest) -> None:
+    ring = g.start()
+    for addr, length in (((1 << 64) - 256, SECTOR), ((1 << 64) - 1, 2), (BASE, 0xFFFFFFFF)):
+        request = g.request(IN, 0, room=SECTOR)
+        request.parts[1] = (addr, length, True)
+        failed(g, ring, request, f"{length} bytes at {addr:#x}")
+
+
+@case(
+    "Q16",
+    "lengths that add up to more than 2^32-1 fail the request; up to that they do not",
+    'S091 "No descriptor chain may be more than 2^32"',
+    TABLE,
+)
+def q16(g: Guest) -> None:
+    ring = g.start(28)
+    whole = RAM_BYTES
+    rest = (1 << 32) - 1 - 16 - 1 - 20
+    for extra, wanted in ((0, OK), (1, IOERR)):
+        request = g.get_id()
+        header, data, status = request.parts
+        left, parts = rest + extra, [header, data]
+        while left:
+            piece = min(left, whole)
+            parts.append((BASE, piece, True))
+            left -= piece
+        ring.table([*parts, status])
+        ring.offer(0)
+        ring.kick()
+        ring.wait()
+        expect(ring.done(request).status, wanted, f"status of a chain of 2^32 - 1 + {extra} bytes")
+
+
+@case("Q17", "a broken queue leaves the others alone", "REC", Need(queues=2, vectors=3))
+def q17(g: Guest) -> None:
+    ring, other = g.start(), g.ring(1)
+    other.works()
+    ring.offer(ring.q)
+    ring.kick()
+    other.works()
+    g.server.wait_ring_error(0, "head")
+    for _ in range(3):
+        other.works()
+    expect(ring.used_idx, 0, "used.idx of the broken queue")
+    expect(g.status(), 7, "device_status")
+
+
+@case("Q18", "a broken queue works again after a reset", "REC")
+def q18(g: Guest) -> None:
+    ring = g.start()
+    ring.desc(0, 0, 16, INDIRECT)
+    ring.offer(0)
+    ring.kick()
+    g.settle()
+    g.server.wait_ring_error(0, "indirect_not_acked")
+    g.write(18, 1, 0)
+    g.start().works()

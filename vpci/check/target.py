@@ -1,0 +1,440 @@
+"""What is checked: `runner` asks a target for a server that fits a case; a configuration has one for every need.
+
+A configuration is served by `vpci serve` in processes of its own, on a scratch image unless it is to be used in place;
+each distinct need has one server. A socket is somebody else's server: it fits a need or it does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from vpci.check.cases import Case, Failed, Need, Skipped, Wedged
+from vpci.config import Config
+from vpci.errors import VpciError
+
+START_S = 20
+DEFAULT_QUEUE_SIZE = 256
+MIN_DISK_BYTES = 1 << 20
+MIN_MAX_SG = 1024
+PATTERN_BYTES = 1 << 16
+#: What each dialect offers above the model's own bits, by the paper; 24 is optional everywhere.
+DIALECT_BITS: dict[str, frozenset[int]] = {
+    "patchv2": frozenset({28, 29, 30, 31, 32}),
+    "v0.9.1": frozenset({28, 29, 30, 31}),
+    "patchv2-literal": frozenset({28, 29, 30, 31, 32}),
+    "v0.9.5": frozenset({28, 29, 30}),
+    "v0.8": frozenset({30}),
+}
+DEFAULT_DIALECT = "patchv2"
+#: Knobs that move or change what a case sees. A case that does not name one wants the first meaning.
+PLAIN: dict[str, Any] = {
+    "header.hi_gate": "acked",
+    "header.hi_place": "following",
+    "header.access": "strict",
+    "pci.require_bus_master": False,
+    "qemu_compat.pfn0_resets": False,
+    "features.mask": [],
+}
+
+
+class Server(Protocol):
+    """A server that a guest can be connected to. `dialect` is "" where nobody knows."""
+
+    path: str
+    timeout: float
+    dialect: str
+    image: Path | None
+
+    @property
+    def pid(self) -> int | None: ...
+
+    def wait_ring_error(self, queue: int, rule: str) -> None:
+        """The server told of a ring error by this rule; nothing where it cannot be asked."""
+
+    def refusal(self, sets: Mapping[str, Any]) -> str:
+        """What a start with these keys as well says when it is refused; "" when it is not."""
+
+    def death(self) -> str:
+        """How the process ended, "" while it lives."""
+
+
+class Target(Protocol):
+    """Where servers come from."""
+
+    name: str
+
+    def server(self, case: Case, need: Need) -> Server:
+        """A server that fits; raises Skipped with the reason when there is none."""
+
+    def discard(self, server: Server) -> None:
+        """The server is of no use any more."""
+
+    def close(self) -> None: ...
+
+
+# -- a configuration -----------------------------------------------------------------------------------------------
+
+
+class ConfigServer:
+    """`vpci serve` on one configuration with keys set; `image` is the file behind the disk."""
+
+    def __init__(self, config: Config, sets: Mapping[str, Any], folder: Path, timeout: float) -> None:
+        self.config, self.sets, self.timeout = config, sets, timeout
+        self.dialect = str(sets.get("device.dialect", config.device.dialect))
+        self.path = str(folder / "check.sock")
+        image = sets.get("blk.path") or getattr(config.section, "path", None)
+        self.image = Path(image) if image else None
+        self._log = folder / "server.log"
+        self._text = b""
+        self._errors: list[tuple[int, str]] = []
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*_serve(config, sets), "--json", "--socket", self.path],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+            )
+        try:
+            self._wait_listening()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
+
+    def stop(self) -> None:
+        """End it, also one that hangs."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(1)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+
+    def death(self) -> str:
+        status = self.process.poll()
+        return "" if status is None else f"the server ended with {status}: {self._log_tail()}"
+
+    def wait_ring_error(self, queue: int, rule: str) -> None:
+        deadline = time.monotonic() + self.timeout
+        while not self._errors:
+            self._read_events(deadline, f"the event ring_error, rule {rule}")
+        got, self._errors = self._errors, []
+        if got != [(queue, rule)]:
+            raise Failed(f"ring_error events: got {got}, wanted {[(queue, rule)]}")
+
+    def refusal(self, sets: Mapping[str, Any]) -> str:
+        more = {**self.sets, **sets}
+        command = [*_serve(self.config, more), "--socket", f"{self.path}-refused"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment(), stdin=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
+            if not _ends(process, START_S):
+                return ""
+            text = process.stdout.read().decode(errors="replace").strip()
+            return f"exit status {process.returncode}: {text}"
+
+    def _wait_listening(self) -> None:
+        deadline = time.monotonic() + START_S
+        while not self._read_events(deadline, "the event listening"):
+            pass
+
+    def _read_events(self, deadline: float, what: str) -> bool:
+        """Wait for output; whether `listening` was among it."""
+        assert self.process.stdout is not None
+        fd = self.process.stdout.fileno()
+        if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise Wedged(f"not in time: {what}")
+        got = os.read(fd, 65536)
+        if not got:
+            self.process.wait()
+            raise VpciError(self.death())
+        *lines, self._text = (self._text + got).split(b"\n")
+        events = [json.loads(line) for line in lines]
+        self._errors += [(event["queue"], event["rule"]) for event in events if event["event"] == "ring_error"]
+        return any(event["event"] == "listening" for event in events)
+
+    def forget_events(self) -> None:
+        """What an earlier case caused is none of the next one's business."""
+        assert self.process.stdout is not None
+        while select.select([self.process.stdout], [], [], 0)[0] and self.process.poll() is None:
+            self._read_events(0, "")
+        self._errors.clear()
+
+    def _log_tail(self) -> str:
+        return self._log.read_text(errors="replace").strip()[-500:]
+
+
+class ConfigTarget:
+    """A configuration file; `folder` is for sockets, logs and scratch images."""
+
+    def __init__(self, config: Config, sets: list[str], folder: Path, timeout: float, in_place: bool = False) -> None:
+        self.name = config.file
+        self.config, self.user_sets, self.folder, self.timeout = config, sets, folder, timeout
+        self.in_place = in_place
+        self._servers: dict[str, ConfigServer] = {}
+        self._count = 0
+
+    def server(self, case: Case, need: Need) -> Server:
+        changes = fit(self.config, need)
+        key = json.dumps(changes, sort_keys=True)
+        if key not in self._servers:
+            self._servers[key] = self._start(changes)
+        found = self._servers[key]
+        found.forget_events()
+        return found
+
+    def discard(self, server: Server) -> None:
+        for key, known in list(self._servers.items()):
+            if known is server:
+                del self._servers[key]
+                known.stop()
+
+    def close(self) -> None:
+        while self._servers:
+            self._servers.popitem()[1].stop()
+
+    def _start(self, changes: Mapping[str, Any]) -> ConfigServer:
+        folder = self.folder / f"server-{self._count}"
+        self._count += 1
+        folder.mkdir()
+        sets = dict(changes)
+        if hasattr(self.config.section, "path"):
+            sets |= self._image(changes, folder)
+        return ConfigServer(self.config, {**sets, "": self.user_sets}, folder, self.timeout)
+
+    def _image(self, changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Where the disk's bytes are: in place if that is wanted and possible, else a sparse file of the same size."""
+        if self.in_place and not any(key.startswith("blk.") for key in changes):
+            for server in list(self._servers.values()):
+                self.discard(server)  # an image has one user at a time
+            return {}
+        image = folder / "scratch.img"
+        size = size_of(changes.get("blk.size", getattr(self.config.section, "size", None)))
+        size = size or image_bytes(Path(self.config.section.path)) or MIN_DISK_BYTES  # type: ignore[attr-defined]
+        with image.open("wb") as file:
+            file.truncate(size)
+            file.write(bytes((n * 7 + n // 512) & 0xFF for n in range(min(size, PATTERN_BYTES))))
+            file.seek(size - 512)
+            file.write(b"last" * 128)
+        return {"blk.backend": "file", "blk.path": str(image), "blk.size": size}
+
+
+def fit(config: Config, need: Need) -> dict[str, Any]:
+    """The keys that must be changed so that the configuration meets the need, with their values."""
+    wanted = {**PLAIN, **need.sets}
+    found = {key: value for key, value in wanted.items() if value_of(config, key) != value}
+    if config.pci.fail_vectors is not None and "pci.fail_vectors" not in need.sets:
+        found["pci.fail_vectors"] = 0x800  # as many as there can be: none fails
+    _fit_dialect(config, need, found)
+    _fit_queues(config, need, found)
+    return found
+
+
+def _fit_dialect(config: Config, need: Need, found: dict[str, Any]) -> None:
+    now = config.device.dialect
+    allowed = need.dialects or tuple(DIALECT_BITS)
+    transport = {bit for bit in need.bits if 28 <= bit <= 32}
+    if now not in allowed or not transport <= DIALECT_BITS.get(now, transport):
+        candidates = [DEFAULT_DIALECT, *DIALECT_BITS]
+        found["device.dialect"] = next(
+            name for name in candidates if name in allowed and transport <= DIALECT_BITS[name]
+        )
+    if found.get("device.dialect") == "patchv2-literal":
+        found["device.allow_broken"] = True
+
+
+def _fit_queues(config: Config, need: Need, found: dict[str, Any]) -> None:
+    now = config.queues.size or DEFAULT_QUEUE_SIZE
+    if need.size is not None and now != need.size:
+        found["queues.size"] = need.size
+    elif need.size is None and now < need.min_size:
+        found["queues.size"] = DEFAULT_QUEUE_SIZE
+    if config.queues.max_sg < MIN_MAX_SG and "queues.max_sg" not in need.sets:
+        found["queues.max_sg"] = MIN_MAX_SG
+    section = config.section
+    n_queues = getattr(section, "num_queues", 1)
+    if n_queues < need.queues:
+        found["blk.num_queues"] = n_queues = need.queues
+    vectors = found.get("pci.msix_vectors", config.pci.msix_vectors)
+    if (1 + n_queues if vectors is None else vectors) < need.vectors:
+        found["pci.msix_vectors"] = max(need.vectors, 1 + n_queues)
+    if getattr(section, "read_only", False) and "blk.read_only" not in need.sets:
+        found["blk.read_only"] = False
+    size = size_of(found.get("blk.size", getattr(section, "size", None)))
+    if hasattr(section, "size") and 0 < size < MIN_DISK_BYTES:
+        found["blk.size"] = MIN_DISK_BYTES
+
+
+def value_of(config: Config, key: str) -> Any:
+    """What a configuration has for "section.key"; a model's own section is `section`."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section, config.section), name, None)
+
+
+def size_of(value: int | str | None) -> int:
+    """A size as configurations have it, in bytes: a number, or one with K, M, G or T. 0 for none."""
+    if value is None or isinstance(value, int):
+        return value or 0
+    return int(value[:-1]) << 10 * (1 + "KMGT".index(value[-1])) if value[-1] in "KMGT" else int(value)
+
+
+def image_bytes(path: Path) -> int:
+    """Of a regular file; 0 for anything else."""
+    return path.stat().st_size if path.exists() and stat.S_ISREG(path.stat().st_mode) else 0
+
+
+def set_text(key: str, value: Any) -> str:
+    """KEY=VALUE for --set; JSON writes these values as TOML does."""
+    return f"{key}={json.dumps(value)}"
+
+
+def _serve(config: Config, sets: Mapping[str, Any]) -> list[str]:
+    texts = [*sets.get("", ()), *(set_text(key, value) for key, value in sets.items() if key)]
+    return [
+        sys.executable,
+        "-P",
+        "-m",
+        "vpci",
+        "serve",
+        config.file,
+        *(word for text in texts for word in ("--set", text)),
+    ]
+
+
+def _environment() -> dict[str, str]:
+    """The server is the vpci that we are, wherever it was found."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
+
+
+def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether it ends by itself, before it has anything to say and before the deadline; else it is ended."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        assert process.stdout is not None
+        if select.select([process.stdout], [], [], 0.05)[0] and b"on /" in process.stdout.peek():  # type: ignore[attr-defined]
+            break
+    if process.poll() is not None:
+        return True
+    process.kill()
+    process.wait()
+    return False
+
+
+# -- a socket ------------------------------------------------------------------------------------------------------
+
+
+class SocketServer:
+    """Somebody's server: nothing is known of it but what it shows."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self.path, self.timeout = path, timeout
+        self.dialect = ""
+        self.image: Path | None = None
+        self.pid: int | None = None
+
+    def wait_ring_error(self, queue: int, rule: str) -> None:
+        """It has no events that we could read."""
+
+    def refusal(self, sets: Mapping[str, Any]) -> str:
+        raise Skipped("needs-config: a start with other keys")
+
+    def death(self) -> str:
+        return ""
+
+
+class SocketTarget:
+    """A vfio-user socket; `destructive` allows what changes the disk."""
+
+    def __init__(self, path: str, timeout: float, destructive: bool = False) -> None:
+        self.name, self.destructive = path, destructive
+        self._server = SocketServer(path, timeout)
+        self._facts = Facts.of(self._server)
+        self._server.dialect = self._facts.dialect
+
+    def server(self, case: Case, need: Need) -> Server:
+        if case.writes and not self.destructive:
+            raise Skipped("it writes to the disk; --destructive allows that")
+        if missing := self._facts.missing(need):
+            raise Skipped(f"needs-config: {missing}")
+        return self._server
+
+    def discard(self, server: Server) -> None:
+        """It is not ours to end; a server that does not answer any more is found out here."""
+        Facts.of(self._server)
+
+    def close(self) -> None:
+        """Nothing is ours."""
+
+
+class Facts:
+    """What a socket's device shows: offered bits, queues and their size, MSI-X vectors, sectors."""
+
+    def __init__(self, offered: int, size: int, queues: int, vectors: int, sectors: int) -> None:
+        self.offered, self.size, self.queues, self.vectors, self.sectors = offered, size, queues, vectors, sectors
+
+    @staticmethod
+    def of(server: SocketServer) -> Facts:
+        """Ask it; a reset and a new connection follow before any case."""
+        from vpci.check.guest import Guest
+
+        guest = Guest(server)
+        try:
+            offered, sectors = guest.read(0, 4), int.from_bytes(guest.span(20, 8), "little")
+            queues = next(n for n in range(1 << 16) if not _has_queue(guest, n))
+            at = guest.capabilities().get(0x11)
+            vectors = (guest.pci(at + 2, 2) & 0x7FF) + 1 if at is not None else 0
+            if offered >> 31:
+                guest.write(4, 4, 1 << 31)
+                offered |= guest.read(20, 4) << 32
+            return Facts(offered, guest.size, queues, vectors, sectors)
+        finally:
+            guest.close()
+
+    @property
+    def dialect(self) -> str:
+        """The one that offers what is offered; patchv2-literal looks like patchv2 and is taken for it."""
+        transport = {bit for bit in range(28, 33) if self.offered >> bit & 1}
+        return next((name for name, bits in DIALECT_BITS.items() if bits == transport), "")
+
+    def missing(self, need: Need) -> str:
+        """What the device would have to be, "" when it is."""
+        if need.own:
+            return "a server of our own"
+        for key, value in need.sets.items():
+            if PLAIN.get(key) != value:
+                return set_text(key, value)
+        if need.dialects and self.dialect not in need.dialects:
+            return f"device.dialect={need.dialects[0]}"
+        if lacking := [bit for bit in need.bits if not self.offered >> bit & 1]:
+            return f"bits {', '.join(map(str, lacking))} offered"
+        if self.size != need.size and (need.size is not None or self.size < need.min_size):
+            return f"queues.size={need.size or DEFAULT_QUEUE_SIZE}"
+        if self.queues < need.queues:
+            return f"{need.queues} queues"
+        return f"pci.msix_vectors={need.vectors}" if self.vectors < need.vectors else ""
+
+
+def _has_queue(guest: object, index: int) -> bool:
+    from vpci.check.guest import Guest
+
+    assert isinstance(guest, Guest)
+    guest.select(index)
+    return guest.read(12, 2) != 0
