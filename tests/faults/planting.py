@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +27,10 @@ MARKER = "vpci_has_a_planted_fault"
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`find` occurs once in `file` of csrc; every case of `caught_by` (a test, all its parameters) must fail."""
+    """`find` occurs once in `file` of csrc; every case of `caught_by` (a test, all its parameters) must fail.
+
+    `seen_by` are cases of `vpci check` that must not pass (tests/check/test_faults.py).
+    """
 
     id: str
     what: str
@@ -34,6 +38,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     find: str
     replace: str
     caught_by: list[str]
+    seen_by: list[str] = []
 
     def plant(self, text: str) -> str:
         assert text.count(self.find) == 1, f"fault {self.id} no longer applies: {text.count(self.find)} places"
@@ -82,12 +87,18 @@ class Nursery:
 
     def run(self, fault: Fault | None, cases: Sequence[str]) -> Outcome:
         """The cases on a core with this fault; waits for a copy."""
+        with self.planted(fault) as planted:
+            return planted.run(cases, self.folder / f"record-{next(self._count)}")
+
+    @contextlib.contextmanager
+    def planted(self, fault: Fault | None) -> Iterator[Planted]:
+        """A copy with this fault, as soon as one is free."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._free))
             tree = self._free.pop()
         try:
             with Planted(tree, fault, self) as planted:
-                return planted.run(cases, self.folder / f"record-{next(self._count)}")
+                yield planted
         finally:
             with self._changed:
                 self._free.append(tree)

@@ -49,7 +49,7 @@ _ROWS = (
     ("P10", "malformed control messages are ignored and completed", "REC", CONSOLE, ""),
     ("P11", "a buffer too small for a message is never overrun", "REC", CONSOLE, ""),
     ("P12", "with 31 ports the queues are 2n+2 and 2n+3, up to 63", "V1L", CONSOLE, ""),
-    ("Q20", "a million random ring images under sanitizers: no crash, leak, or write outside writable buffers and the used ring", "REC", "no test yet", ""),
+    ("Q20", "a million random ring images under sanitizers: no crash, leak, or write outside writable buffers and the used ring", "REC", WHOLE, "tests/stress/test_images.py::test_a_million_random_ring_images"),
     ("R03", "without their fences R01 and R02 can fail", "REC", WHOLE, "tests/stress/test_stress.py::test_without_its_fence_a_wake_up_is_lost_and_seen"),
     ("S01", "Linux 6.1 on QEMU uses the disk; it takes neither 30 nor 31", "TRACE", WHOLE, "tests/guest/test_linux_disk.py::test_linux_negotiates_what_the_draft_and_linux_share"),
     ("S02", "the same without MSI: INTx and ISR", "S091", WHOLE, "tests/guest/test_linux_disk.py::test_linux_with_nomsi_uses_intx_of_an_msix_function"),

@@ -306,9 +306,9 @@ class Guest:
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    def map(self, gpa: int, size: int) -> None:
-        """Fresh memory at a guest address, for us and for the server."""
-        self.client.dma_map(gpa, size, self.memory.fd, self.memory.add(gpa, size))
+    def map(self, gpa: int, size: int, rights: int = 3) -> None:
+        """Fresh memory at a guest address, for us and for the server, which may read (1) and write (2) it."""
+        self.client.dma_map(gpa, size, self.memory.fd, self.memory.add(gpa, size), rights)
 
     def remap(self, gpa: int, size: int) -> None:
         """Give memory that was unmapped back to the server."""

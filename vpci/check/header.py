@@ -20,6 +20,7 @@ SIZES = (1, 2, 8, 256, 1024, 32768)
 MODELS = {1: (0x1000, 0x020000, 12), 2: (0x1001, 0x010000, 72), 3: (0x1003, 0x078000, 12)}
 BLK_CONFIG_BYTES = 72
 FAR_AWAY = 0x7FFF_0000  # a guest address at which nothing is
+HIGH = 0xFFF_4000_0000  # and one whose PFN has its high bits set
 MSIX_HI = Need(bits=(31,), vectors=2)
 HI = Need(bits=(31,))
 MSIX = Need(vectors=2)
@@ -755,7 +756,12 @@ def d11(g: Guest) -> None:
     g.start(msix=True).works()
     place = g._next
     g.write(18, 1, 0)
+    g.map(FAR_AWAY, PAGE)
+    g.client.dma_unmap(FAR_AWAY, PAGE)
     before = _held(g)
+    for _ in range(20):
+        g.remap(FAR_AWAY, PAGE)
+        g.client.dma_unmap(FAR_AWAY, PAGE)
     for _ in range(1000):
         g._next = place
         g.msix(random_.random() < 0.5)
@@ -782,13 +788,15 @@ def _held(g: Guest) -> tuple[int, int, int]:
 # -- E: queues -------------------------------------------------------------------------------------------------------
 
 
-@case("E01", "queue_pfn reads back, with all its 32 bits", "S091")
+@case("E01", "queue_pfn reads back, with all its 32 bits, and a ring near 2^44 works", "S091")
 def e01(g: Guest) -> None:
     for pfn in (0x1234, 0xFFFFFFFF, 0x80000000, 1):
         g.write(8, 4, pfn)
         expect(g.read(8, 4), pfn, "queue_pfn")
     g.write(8, 4, 0)
     expect(g.read(8, 4), 0, "queue_pfn")
+    g.map(HIGH, Ring.room(g.size))
+    g.ring(0, HIGH).works()
 
 
 @case("E02", "Linux' probe: size is not 0 and PFN is 0; a second probe sees the PFN", "LNX setup_vq")
@@ -863,7 +871,11 @@ def e07(g: Guest) -> None:
     g.ring(0, FAR_AWAY).works()
 
 
-@case("E09", "a ring whose last page is not mapped is a ring error at its first use, without partial DMA", "REC")
+@case(
+    "E09",
+    "a ring whose last page is not mapped, or not writable, is a ring error at its first use, without partial DMA",
+    "REC",
+)
 def e09(g: Guest) -> None:
     room = Ring.room(g.size)
     whole, missing = room - PAGE, FAR_AWAY + room - PAGE
@@ -881,6 +893,12 @@ def e09(g: Guest) -> None:
     g.memory.write(FAR_AWAY, bytes(whole))
     g.write(18, 1, 0)
     g.ring(0, FAR_AWAY).works()
+    g.map(HIGH, whole)
+    g.map(HIGH + whole, PAGE, rights=1)
+    g.write(8, 4, HIGH >> 12)
+    g.write(16, 2, 0)
+    g.settle()
+    g.server.wait_ring_error(0, "ring_unmapped")
 
 
 @case(

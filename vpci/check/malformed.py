@@ -6,7 +6,7 @@ import time
 
 from vpci.check.blk import SECTOR
 from vpci.check.cases import Need, case, claim, expect
-from vpci.check.guest import BASE, IN, INDIRECT, IOERR, NEXT, OK, RAM_BYTES, WRITE, Guest, Part, Request, Ring
+from vpci.check.guest import BASE, IN, INDIRECT, IOERR, NEXT, OK, PAGE, RAM_BYTES, WRITE, Guest, Part, Request, Ring
 
 NOWHERE = 0x7FFF_0000
 TABLE = Need(bits=(28,))
@@ -168,7 +168,11 @@ def q11(g: Guest) -> None:
         expect((done.status, done.length), (OK, 21), f"length 0 at place {place}: (status, used.len)")
 
 
-@case("Q12", "a data buffer outside memory fails the request, and nothing is written", "REC")
+@case(
+    "Q12",
+    "a data buffer outside memory, or in memory that may only be read, fails the request, and nothing is written",
+    "REC",
+)
 def q12(g: Guest) -> None:
     ring = g.start()
     end = BASE + RAM_BYTES
@@ -179,6 +183,11 @@ def q12(g: Guest) -> None:
     request = g.get_id()
     request.parts[0] = (NOWHERE, 16, False)
     failed(g, ring, request, "the header outside memory")
+    g.map(NOWHERE, PAGE, rights=1)
+    for addr in (NOWHERE, NOWHERE + PAGE - 1):
+        request = g.request(IN, 0, room=SECTOR)
+        request.parts[1] = (addr, SECTOR, True)
+        failed(g, ring, request, f"data at {addr:#x}, which may only be read")
 
 
 @case("Q15", "a buffer whose address plus length passes 2^64 fails the request", "REC")

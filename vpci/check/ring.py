@@ -136,15 +136,15 @@ def f07(g: Guest) -> None:
 def f09(g: Guest) -> None:
     mill = Mill(g.start(28))
     seen = {mill.ring.used_flags}
+
+    def is_done() -> bool:
+        seen.add(mill.ring.used_flags)
+        return mill.ring.used_idx == mill.ring.idx
+
     for _ in range(100):
         mill.advance(mill.ring.q // 2)
         g.post_kick(0)
-        while mill.ring.used_idx != mill.ring.idx:
-            seen.add(mill.ring.used_flags)
-            g.until(lambda: True, str)
-            if len(seen) > 2:
-                break
-        mill.wait()
+        g.until(is_done, lambda: f"used.idx {mill.ring.used_idx:#x}, wanted {mill.ring.idx:#x}")
     g.settle()
     expect(mill.ring.used_flags, 0, "used.flags of an idle queue")
     claim(seen <= {0, 1}, f"used.flags held {sorted(seen)}")

@@ -16,8 +16,8 @@ from vpci.vfu.client import ServerTimeout
 
 #: Importing a module declares its cases.
 MODULES = (header, ring, interrupts, config, blk, malformed, stress)
-#: A device that gave no answer so often gets less time for the next ones, and after so many in a row no more cases.
-PATIENT, HURRIED_S, GIVE_UP_AFTER = 3, 1.0, 10
+#: A device that gave no answer so often gets less time for the next ones, and then no more cases.
+PATIENT, HURRIED_S, GIVE_UP_AFTER = 3, 1.0, 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Runner:
 
     def __init__(self, target: Target, chosen: Sequence[str], progress: Callable[[str], None] = lambda _: None) -> None:
         self.target, self.chosen, self.progress = target, chosen, progress
-        self._wedged = self._wedged_ever = 0
+        self._wedged = 0
 
     def run(self) -> Iterator[Verdict]:
         """One verdict a case, in the order of the ids."""
@@ -71,16 +71,15 @@ class Runner:
             result, reason = Result.SKIP, f"{GIVE_UP_AFTER} cases before it got no answer"
         else:
             result, reason = merged([self._attempt(case, need) for need in case.needs])
-            self._wedged = self._wedged + 1 if result is Result.WEDGED else 0
-            self._wedged_ever += result is Result.WEDGED
+            self._wedged += result is Result.WEDGED
+            if self._wedged >= PATIENT:
+                self.target.hurry(HURRIED_S)
         return Verdict(case.id, case.claim, case.source, result, reason, round(time.monotonic() - began, 4))
 
     def _attempt(self, case: Case, need: Need) -> tuple[Result, str]:
         server: Server | None = None
         try:
             server = self.target.server(case, need)
-            if self._wedged_ever >= PATIENT:
-                server.timeout = min(server.timeout, HURRIED_S)
             guest = Guest(server, need)
             try:
                 case.run(guest)

@@ -10,6 +10,7 @@ import json
 import os
 import select
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 
 from vpci.check.cases import Case, Failed, Need, Skipped, Wedged
 from vpci.config import Config
-from vpci.errors import VpciError
+from vpci.errors import BackendError, VpciError
 
 START_S = 20
 DEFAULT_QUEUE_SIZE = 256
@@ -78,6 +79,9 @@ class Target(Protocol):
 
     def discard(self, server: Server) -> None:
         """The server is of no use any more."""
+
+    def hurry(self, seconds: float) -> None:
+        """No answer may take longer than this from now on."""
 
     def close(self) -> None: ...
 
@@ -206,6 +210,11 @@ class ConfigTarget:
             if known is server:
                 del self._servers[key]
                 known.stop()
+
+    def hurry(self, seconds: float) -> None:
+        self.timeout = min(self.timeout, seconds)
+        for server in self._servers.values():
+            server.timeout = self.timeout
 
     def close(self) -> None:
         while self._servers:
@@ -366,12 +375,17 @@ class SocketTarget:
     def __init__(self, path: str, timeout: float, destructive: bool = False) -> None:
         self.name, self.destructive = path, destructive
         self._server = SocketServer(path, timeout)
-        self._facts = Facts.of(self._server)
-        self._server.dialect = self._facts.dialect
+        self._facts: Facts | None = None
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if error := probe.connect_ex(path):
+                raise BackendError(path, error, "nobody serves this socket")
 
     def server(self, case: Case, need: Need) -> Server:
         if case.writes and not self.destructive:
             raise Skipped("it writes to the disk; --destructive allows that")
+        if self._facts is None:
+            self._facts = Facts.of(self._server)
+            self._server.dialect = self._facts.dialect
         if missing := self._facts.missing(need):
             raise Skipped(f"needs-config: {missing}")
         return self._server
@@ -379,6 +393,9 @@ class SocketTarget:
     def discard(self, server: Server) -> None:
         """It is not ours to end; a server that does not answer any more is found out here."""
         Facts.of(self._server)
+
+    def hurry(self, seconds: float) -> None:
+        self._server.timeout = min(self._server.timeout, seconds)
 
     def close(self) -> None:
         """Nothing is ours."""

@@ -1,0 +1,260 @@
+"""The real command on our disk, on a socket, and on servers that are wrong, hang, or die."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.check.test_cases import paper
+from tests.doubles import environment
+from vpci.check.elsewhere import ELSEWHERE
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs/blk.toml"
+RUN_S = 280
+#: What a disk of this version cannot do, apart from the cases that are run elsewhere.
+NOT_OFFERED = {"N13": "neither bit 13 nor 14"}
+pytestmark = pytest.mark.timeout(300)
+
+
+class Checked(NamedTuple):
+    """What one run of the command said."""
+
+    status: int
+    events: list[dict[str, Any]]
+    stderr: str
+
+    @property
+    def results(self) -> dict[str, str]:
+        return {event["id"]: event["result"] for event in self.events if event["event"] == "case"}
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        return {event["id"]: event["reason"] for event in self.events if event["event"] == "case"}
+
+
+def check(target: Path, *options: str, cwd: Path) -> Checked:
+    command = [sys.executable, "-P", "-m", "vpci", "check", str(target), "--json", *options]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=RUN_S)
+    return Checked(done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("check")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Checked:
+    """All cases on the sample disk."""
+    return check(CONFIG, "--junit", "check.xml", cwd=folder)
+
+
+# -- our disk --------------------------------------------------------------------------------------------------------
+
+
+def test_our_disk_passes_every_case_that_is_run(whole):
+    """And whatever is skipped is known here, with its reason."""
+    not_passed = {id: result for id, result in whole.results.items() if result != "PASS"}
+    skipped = ELSEWHERE.keys() | NOT_OFFERED.keys()
+    assert not_passed == dict.fromkeys(sorted(skipped), "SKIP"), {
+        id: whole.reasons[id] for id in not_passed.keys() - skipped
+    }
+    assert whole.status == 0
+    for id, why in NOT_OFFERED.items():
+        assert why in whole.reasons[id]
+    assert all(whole.reasons[id] for id in skipped)
+
+
+def test_every_case_is_told_once_and_in_order(whole):
+    assert list(whole.results) == sorted(paper())
+    cases, last = whole.events[:-1], whole.events[-1]
+    assert {event["event"] for event in cases} == {"case"}
+    assert (last["event"], last["ok"]) == ("checked", True)
+    counts = Counter(event["result"] for event in cases)
+    assert {name: number for name, number in last["counts"].items() if number} == counts
+
+
+def test_the_configurations_own_image_is_left_alone(whole, folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["check.xml"]
+
+
+def test_the_junit_file_has_every_case(whole, folder):
+    root = ElementTree.parse(folder / "check.xml").getroot()
+    names = [case.get("name", "").split()[0] for case in root.iter("testcase")]
+    assert names == list(whole.results)
+    assert [root.get(name) for name in ("tests", "failures", "errors")] == [str(len(names)), "0", "0"]
+    assert len(root.findall(".//skipped")) == int(root.get("skipped", "")) == Counter(whole.results.values())["SKIP"]
+
+
+def test_without_json_there_is_a_line_a_case_and_a_summary(folder):
+    command = [sys.executable, "-P", "-m", "vpci", "check", str(CONFIG), "--only", "A01,N,O01"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=RUN_S)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert lines[0].startswith("PASS    A01  device_features at 0 ")
+    assert lines[0].endswith("[S091 table]")
+    assert any(line.startswith("SKIP    O01  ") and line.endswith("-- no net model yet") for line in lines)
+    assert lines[-1].startswith("17 cases: 15 PASS, 2 SKIP; ")
+
+
+def test_in_place_the_configurations_own_image_is_written(tmp_path):
+    config = tmp_path / "blk.toml"
+    config.write_text('[device]\nmodel = "blk"\n[blk]\npath = "own.img"\nsize = "1M"\n')
+    assert check(config, "--only", "N05", cwd=tmp_path).status == 0
+    assert not (tmp_path / "own.img").exists()
+    assert check(config, "--only", "N04,N05", "--in-place", cwd=tmp_path).results == {"N04": "PASS", "N05": "PASS"}
+    assert any((tmp_path / "own.img").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["device.dialect=v0.8", "pci.msix_vectors=0", "queues.size=1", "queues.max_sg=4", "blk.size=512"],
+        ["device.dialect=v0.9.5", "header.access=qemu", "blk.num_queues=4", "blk.read_only=true", "features.mask=[28]"],
+        ["header.hi_place=fixed24", "header.hi_gate=offered", "pci.fail_vectors=1", "qemu_compat.pfn0_resets=true"],
+    ],
+    ids=["v0.8", "v0.9.5", "knobs"],
+)
+def test_other_configurations_pass_too(sets, tmp_path):
+    """A case gets the device that it needs, whatever the configuration has."""
+    options = [word for text in sets for word in ("--set", text)]
+    found = check(CONFIG, "--only", "A,C,E05,E09,F02,G04,I03,J01,K,L,M,N,Q07", *options, cwd=tmp_path)
+    bad = {id: found.reasons[id] for id, result in found.results.items() if result not in ("PASS", "SKIP")}
+    assert not bad
+    assert {id for id, result in found.results.items() if result == "SKIP"} <= ELSEWHERE.keys() | NOT_OFFERED.keys()
+
+
+@pytest.mark.parametrize(("sets", "key"), [("queues.size=3", "queues.size"), ("blk.nonsense=1", "blk.nonsense")])
+def test_a_wrong_configuration_is_told_and_nothing_is_run(sets, key, tmp_path):
+    done = check(CONFIG, "--set", sets, cwd=tmp_path)
+    assert (done.status, done.events) == (2, [])
+    assert key in done.stderr
+
+
+# -- a socket --------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_socket_nothing_is_written_unless_it_is_allowed(serve, tmp_path):
+    image = bytes(range(256)) * 4096
+    server = serve(image=image)
+    found = check(server.path, "--only", "A,B,C,D,H09,K,L,M,N,Q", cwd=tmp_path)
+    assert found.status == 0, [event for event in found.events if event.get("result") in ("FAIL", "WEDGED")]
+    assert (server.cwd / "disk.img").read_bytes() == image
+    assert {id for id in ("N04", "N05", "N12", "N13") if "--destructive" in found.reasons[id]} == {
+        "N04",
+        "N05",
+        "N12",
+        "N13",
+    }
+    for id in ("C01", "C10", "D11", "H09", "K12", "M01", "N06"):
+        assert (found.results[id], found.reasons[id][:13]) == ("SKIP", "needs-config:"), id
+    assert Counter(found.results.values())["PASS"] > 75
+    allowed = check(server.path, "--only", "N04,N05", "--destructive", cwd=tmp_path)
+    assert set(allowed.results.values()) == {"PASS"}
+    assert (server.cwd / "disk.img").read_bytes() != image
+
+
+def test_a_socket_of_another_dialect_is_taken_for_what_it_shows(serve, tmp_path):
+    found = check(serve(dialect="v0.8").path, "--only", "A,B,C,J,H", cwd=tmp_path)
+    assert found.status == 0
+    assert "bits 31 offered" in found.reasons["A12"]
+    assert found.results["J07"] == "PASS"
+
+
+def test_a_socket_that_nobody_serves_is_told(tmp_path):
+    path = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    done = check(path, cwd=tmp_path)
+    assert (done.status, done.events) == (1, [])
+    assert "nobody serves this socket" in done.stderr
+
+
+@pytest.fixture
+def mute(tmp_path: Path) -> Iterator[Path]:
+    """A server that takes every client and never says a word."""
+    kept: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "mute.sock"))
+        listener.listen(64)
+        over = threading.Event()
+
+        def accept() -> None:
+            while not over.is_set():
+                kept.append(listener.accept()[0])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield tmp_path / "mute.sock"
+        over.set()
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(str(tmp_path / "mute.sock"))
+        thread.join()
+        for connection in kept:
+            connection.close()
+
+
+def test_a_socket_that_never_answers_is_wedged(mute, tmp_path):
+    found = check(mute, "--only", "A01,A02,N01", "--timeout", "0.2", cwd=tmp_path)
+    assert found.results == dict.fromkeys(("A01", "A02", "N01"), "WEDGED")
+    assert found.status == 1
+
+
+# -- devices that are wrong ------------------------------------------------------------------------------------------
+
+
+def faulty(folder: Path, model: str) -> Path:
+    path = folder / "faulty.toml"
+    path.write_text(f'[device]\nmodel = "tests.check.faulty:{model}"\n')
+    return path
+
+
+def test_a_model_that_completes_nothing_is_wedged_and_the_next_case_gets_another_server(tmp_path):
+    found = check(faulty(tmp_path, "Lazy"), "--only", "F02,G01,A02,A04", "--timeout", "0.5", cwd=tmp_path)
+    assert found.results == {"A02": "PASS", "A04": "PASS", "F02": "WEDGED", "G01": "WEDGED"}
+    assert "used.idx" in found.reasons["F02"]
+    assert (found.status, found.events[-1]["ok"]) == (1, False)
+
+
+def test_a_model_that_never_completes_anything_does_not_take_for_ever(tmp_path):
+    found = check(faulty(tmp_path, "Lazy"), "--only", "G,H,J,K,L", "--timeout", "0.2", cwd=tmp_path)
+    counts = Counter(found.results.values())
+    assert counts["WEDGED"] == 20
+    assert "got no answer" in found.reasons["L10"]
+
+
+def test_a_model_that_serves_something_else_fails(tmp_path):
+    found = check(faulty(tmp_path, "Serving"), "--only", "F02,N01,N11", cwd=tmp_path)
+    assert found.results == {"F02": "PASS", "N01": "FAIL", "N11": "FAIL"}
+    assert "wanted" in found.reasons["N01"]
+
+
+def test_a_model_whose_configuration_never_stays_fails(tmp_path):
+    found = check(faulty(tmp_path, "Fickle"), "--only", "A02,A11,B17,D06", cwd=tmp_path)
+    assert found.results == {"A02": "PASS", "A11": "FAIL", "B17": "FAIL", "D06": "FAIL"}
+
+
+def test_a_server_that_dies_fails_and_its_end_is_told(tmp_path):
+    found = check(faulty(tmp_path, "Dying"), "--only", "A02,F02,G01,L01", cwd=tmp_path)
+    assert found.results == {"A02": "PASS", "F02": "FAIL", "G01": "FAIL", "L01": "FAIL"}
+    assert all("the server ended with 9" in found.reasons[id] for id in ("F02", "G01", "L01"))
+
+
+def test_a_junit_file_says_what_failed(tmp_path):
+    check(faulty(tmp_path, "Lazy"), "--only", "A02,F02", "--timeout", "0.5", "--junit", "out.xml", cwd=tmp_path)
+    root = ElementTree.parse(tmp_path / "out.xml").getroot()
+    [error] = root.iter("error")
+    assert (error.get("type"), root.get("errors"), root.get("tests")) == ("WEDGED", "1", "2")
+    assert os.stat(tmp_path / "out.xml").st_size
