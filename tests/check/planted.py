@@ -1,7 +1,10 @@
-"""`vpci check` on cores with planted faults: `python -m tests.check.planted FILE` finds out which cases see which fault.
+"""Which cases of `vpci check` see which planted fault; both commands are run from the repository's root.
 
-That takes some ten minutes. It prints a line a fault and writes FILE, JSON of fault -> cases, from which `seen_by` in
-tests/faults/faults.toml and the table in docs/check.md are made (tests/check/table.py).
+    python -m tests.check.planted sweep FILE [FAULT...]   run all cases on each faulty core, some 20 minutes in all
+    python -m tests.check.planted table                   write the table in docs/check.md from tests/faults/faults.toml
+
+The sweep prints a line a fault and writes FILE, JSON of fault -> cases, from which `seen_by` is chosen by hand. The
+standing test (tests/faults/test_faults.py) runs only those.
 """
 
 from __future__ import annotations
@@ -10,56 +13,57 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests import overlay
 from tests.faults import planting
-from tests.faults.planting import Nursery, Planted
+from tests.faults.planting import Fault, Nursery
 
-CONFIG = "configs/blk.toml"
-RUN_S = 300
-ANSWER_S = 2
-#: Wrong only between two accesses of two processors: tests/stress has programs for these.
-FENCES = ("ring-fence-of-interrupts", "ring-fence-of-kicks")
+PAGE = overlay.ROOT / "docs/check.md"
+BEGIN, END = "<!-- made by: python -m tests.check.planted table -->\n", "<!-- end -->\n"
 
 
-def verdicts(planted: Planted, ids: Sequence[str] = ()) -> dict[str, str]:
-    """Case -> result of `vpci check` in the copy, with a short patience."""
-    command = [sys.executable, "-m", "vpci", "check", CONFIG, "--json", "--timeout", str(ANSWER_S)]
-    if ids:
-        command += ["--only", ",".join(ids)]
-    env = overlay.environment({"PYTHONDONTWRITEBYTECODE": "1"})
-    done = subprocess.run(command, cwd=planted.tree, env=env, capture_output=True, text=True, timeout=RUN_S)
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert events, done.stderr
-    return {event["id"]: event["result"] for event in events if event["event"] == "case"}
+def sweep(target: str, *only: str) -> None:
+    """All cases on every fault, or on these."""
+    found: dict[str, list[str]] = {}
 
+    def one(fault: Fault) -> None:
+        with nursery.planted(fault) as planted:
+            try:
+                found[fault.id] = [id for id, result in planted.check().items() if result in planting.SEEN]
+            except subprocess.TimeoutExpired:
+                print(f"{fault.id}: check did not end", flush=True)
+                return
+        print(f"{fault.id}: {' '.join(found[fault.id]) or '-'}", flush=True)
+        Path(target).write_text(json.dumps(found))
 
-def seen(results: dict[str, str]) -> list[str]:
-    return [id for id, result in results.items() if result in ("FAIL", "WEDGED")]
-
-
-def main(target: str, *only: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         nursery = Nursery(Path(folder), planting.n_copies())
-        faults = [fault for fault in planting.load() if fault.id not in FENCES and (not only or fault.id in only)]
-        found: dict[str, list[str]] = {}
-
-        def sweep(fault: planting.Fault) -> None:
-            with nursery.planted(fault) as planted:
-                try:
-                    found[fault.id] = seen(verdicts(planted))
-                except subprocess.TimeoutExpired:
-                    found[fault.id] = []
-                    print(f"{fault.id}: check took more than {RUN_S} s", flush=True)
-            print(f"{fault.id}: {' '.join(found[fault.id]) or '-'}", flush=True)
-            Path(target).write_text(json.dumps(found))
-
+        faults = [fault for fault in planting.load() if not only or fault.id in only]
         with ThreadPoolExecutor(len(nursery.copies)) as pool:
-            list(pool.map(sweep, faults))
+            list(pool.map(one, faults))
+
+
+def table() -> str:
+    """The table as docs/check.md has it."""
+    rows = [f"| `{fault.id}` | {fault.what} | {_seen(fault)} |" for fault in planting.load()]
+    return "\n".join(["| fault | what is wrong | seen by |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+def _seen(fault: Fault) -> str:
+    return ", ".join(fault.seen_by) if fault.seen_by else f"none: {fault.unseen}"
+
+
+def on_page() -> str:
+    """The table that docs/check.md has now."""
+    return PAGE.read_text().split(BEGIN)[1].split(END)[0]
+
+
+def write_table() -> None:
+    text = PAGE.read_text()
+    PAGE.write_text(text.replace(f"{BEGIN}{on_page()}{END}", f"{BEGIN}{table()}{END}"))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"sweep": sweep, "table": write_table}[sys.argv[1]](*sys.argv[2:])

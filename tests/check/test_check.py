@@ -252,6 +252,16 @@ def test_a_server_that_dies_fails_and_its_end_is_told(tmp_path):
     assert all("the server ended with 9" in found.reasons[id] for id in ("F02", "G01", "L01"))
 
 
+def test_a_device_that_is_no_disk_is_asked_what_is_true_of_every_model(tmp_path):
+    path = tmp_path / "rng.toml"
+    path.write_text('[device]\nmodel = "tests.models.rng:RngModel"\n')
+    found = check(path, "--only", "A,B,D01,E13,K01,K03,M01,N01", cwd=tmp_path)
+    assert set(found.results.values()) == {"PASS", "SKIP"}, found.reasons
+    assert {id for id, result in found.results.items() if result == "PASS"} > {"A01", "A10", "A16", "B15", "D01", "K01"}
+    assert "no disk" in found.reasons["N01"]
+    assert "blk.num_queues" in found.reasons["K03"]
+
+
 def test_a_junit_file_says_what_failed(tmp_path):
     check(faulty(tmp_path, "Lazy"), "--only", "A02,F02", "--timeout", "0.5", "--junit", "out.xml", cwd=tmp_path)
     root = ElementTree.parse(tmp_path / "out.xml").getroot()

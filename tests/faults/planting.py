@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from tests.faults import record
 FAULTS = Path(__file__).with_name("faults.toml")
 CSRC = Path("vpci") / "csrc"
 RUN_S = 120
+CONFIG = "configs/blk.toml"
+ANSWER_S, CHECK_RUN_S = 2, 300
+SEEN = ("FAIL", "WEDGED")
 #: In the object of every planted file and nowhere else.
 MARKER = "vpci_has_a_planted_fault"
 
@@ -29,7 +33,7 @@ MARKER = "vpci_has_a_planted_fault"
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`find` occurs once in `file` of csrc; every case of `caught_by` (a test, all its parameters) must fail.
 
-    `seen_by` are cases of `vpci check` that must not pass (tests/check/test_faults.py).
+    `seen_by` are cases of `vpci check` that must not pass on it, `unseen` says why there are none.
     """
 
     id: str
@@ -39,6 +43,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replace: str
     caught_by: list[str]
     seen_by: list[str] = []
+    unseen: str = ""
 
     def plant(self, text: str) -> str:
         assert text.count(self.find) == 1, f"fault {self.id} no longer applies: {text.count(self.find)} places"
@@ -61,6 +66,7 @@ class Outcome(msgspec.Struct, frozen=True):
     passed: set[str]
     failed: set[str]
     output: str
+    checked: dict[str, str] = {}
 
     def caught(self, case: str) -> bool:
         return any(is_of(node, case) for node in self.failed)
@@ -88,7 +94,9 @@ class Nursery:
     def run(self, fault: Fault | None, cases: Sequence[str]) -> Outcome:
         """The cases on a core with this fault; waits for a copy."""
         with self.planted(fault) as planted:
-            return planted.run(cases, self.folder / f"record-{next(self._count)}")
+            outcome = planted.run(cases, self.folder / f"record-{next(self._count)}")
+            seen_by = fault.seen_by if fault else sorted({id for each in load() for id in each.seen_by})
+            return msgspec.structs.replace(outcome, checked=planted.check(seen_by) if seen_by else {})
 
     @contextlib.contextmanager
     def planted(self, fault: Fault | None) -> Iterator[Planted]:
@@ -134,6 +142,27 @@ class Planted:
             if len(left) == len(before):
                 break
         return Outcome(*record.read(recorded), output)
+
+    def check(self, ids: Sequence[str] = ()) -> dict[str, str]:
+        """Case -> result of `vpci check` in the copy, all cases or these; with little patience for what hangs."""
+        command = [
+            sys.executable,
+            "-m",
+            "vpci",
+            "check",
+            CONFIG,
+            "--json",
+            "--timeout",
+            str(ANSWER_S if self.fault else RUN_S),
+        ]
+        env = overlay.environment({"PYTHONDONTWRITEBYTECODE": "1"})
+        only = ["--only", ",".join(ids)] if ids else []
+        done = subprocess.run(
+            [*command, *only], cwd=self.tree, env=env, capture_output=True, text=True, timeout=CHECK_RUN_S
+        )
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        assert events, done.stderr
+        return {event["id"]: event["result"] for event in events if event["event"] == "case"}
 
     def _run(self, cases: Iterable[str], recorded: Path) -> str:
         """A case that hangs in C is ended by pytest-timeout's thread, which ends the process."""

@@ -45,6 +45,8 @@ def test_a_planted_fault_is_caught(fault: Fault, outcomes: dict[str, Future[Outc
     outcome = outcomes[fault.id].result()
     missed = [case for case in fault.caught_by if not outcome.caught(case)]
     assert not missed, f"{fault.what}: passed on the faulty core: {missed}\n{outcome.output}"
+    blind = {id: outcome.checked.get(id) for id in fault.seen_by if outcome.checked.get(id) not in planting.SEEN}
+    assert not blind, f"{fault.what}: cases of `vpci check` that do not see it: {blind}"
 
 
 def test_without_a_fault_every_named_case_passes(nursery: Nursery) -> None:
@@ -53,12 +55,17 @@ def test_without_a_fault_every_named_case_passes(nursery: Nursery) -> None:
     outcome = nursery.run(None, cases)
     assert not outcome.failed, outcome.output
     assert not [case for case in cases if not any(planting.is_of(node, case) for node in outcome.passed)]
+    assert set(outcome.checked.values()) == {"PASS"}, outcome.checked
 
 
 def test_there_are_enough_faults_each_with_a_name_of_its_own() -> None:
     assert len(FAULTS) >= MIN_FAULTS
     assert len({fault.id for fault in FAULTS}) == len(FAULTS)
     assert all(fault.caught_by for fault in FAULTS)
+
+
+def test_a_fault_is_seen_by_cases_of_check_or_says_why_not() -> None:
+    assert not [fault.id for fault in FAULTS if bool(fault.seen_by) == bool(fault.unseen)]
 
 
 @pytest.mark.parametrize("found", ["", "twice; twice;"])

@@ -123,6 +123,13 @@ def n07(g: Guest) -> None:
         ((1 << 64) - 1, 1, IOERR), ((1 << 64) - 1, 2, IOERR), (1 << 63, 1, IOERR), (1 << 55, 1, IOERR), ((1 << 55) + 1, 8, IOERR),
     ):  # fmt: skip
         expect(status_of(g, g.request(IN, sector, room=count * SECTOR)), wanted, f"IN of {count} at {sector:#x}")
+    if g.server.image:  # of our own, for a device that is wrong would write
+        size = g.server.image.stat().st_size
+        for sector, count in ((end, 1), (end - 1, 2), ((1 << 64) - 1, 1)):
+            expect(
+                status_of(g, g.request(OUT, sector, out=bytes(count * SECTOR))), IOERR, f"OUT of {count} at {sector:#x}"
+            )
+        expect(g.server.image.stat().st_size, size, "bytes of the image")
 
 
 @case("N08", "IN with 511 bytes of data is IOERR, with none OK", "S091 data[][512]")

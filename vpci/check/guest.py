@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vpci.check.cases import Failed, Need, Wedged, claim, expect
-from vpci.vfu.client import Client, DmaOutside, ServerError
+from vpci.vfu.client import Client, DmaOutside, ServerError, ServerTimeout
 
 if TYPE_CHECKING:
     from vpci.check.target import Server
@@ -455,6 +455,15 @@ class Guest:
         expect(got + self.client.drain(fd), wanted, f"interrupts, {what}")
 
     # -- time -------------------------------------------------------------------------------------------------------
+
+    def no_replies(self) -> None:
+        """Posted writes are not answered."""
+        self.settle()
+        try:
+            found = self.client.recv(0)
+        except ServerTimeout:
+            return
+        raise Failed(f"a message that nobody waits for: command {found.command}, id {found.id}")
 
     def settle(self) -> None:
         """Round trips, after which a server has ended what it did before it answered the first."""

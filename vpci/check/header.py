@@ -903,7 +903,7 @@ def e09(g: Guest) -> None:
 
 @case(
     "E10",
-    "unmapping a live ring suspends it; mapped again it goes on by itself; a doorbell meanwhile is a ring error",
+    "unmapping a live ring suspends it; mapped again it goes on by itself; a doorbell meanwhile is a ring error; memory of finished requests can go",
     "REC",
 )
 def e10(g: Guest) -> None:
@@ -925,6 +925,11 @@ def e10(g: Guest) -> None:
         g.remap(FAR_AWAY, room)
         ring.wait(used + 1)
         expect(ring.done(request).status, OK, "status of the request that waited")
+    request = g.get_id()
+    g.map(HIGH, PAGE)
+    request.parts[1] = (HIGH, 20, True)
+    expect(ring.do(request).status, OK, "status of a request with data in memory of its own")
+    g.client.dma_unmap(HIGH, PAGE)
     g.client.dma_unmap(FAR_AWAY, room)
     before = g.memory.snapshot()
     ring.offer(ring.chain(g.get_id().parts))

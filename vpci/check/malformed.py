@@ -193,6 +193,8 @@ def q12(g: Guest) -> None:
 @case("Q15", "a buffer whose address plus length passes 2^64 fails the request", "REC")
 def q15(g: Guest) -> None:
     ring = g.start()
+    g.map((1 << 64) - PAGE, PAGE)  # with memory at both ends a sum that wraps would find some
+    g.map(0, PAGE)
     for addr, length in (((1 << 64) - 256, SECTOR), ((1 << 64) - 1, 2), (BASE, 0xFFFFFFFF)):
         request = g.request(IN, 0, room=SECTOR)
         request.parts[1] = (addr, length, True)

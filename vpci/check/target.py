@@ -254,6 +254,9 @@ def fit(config: Config, need: Need) -> dict[str, Any]:
         found["pci.fail_vectors"] = 0x800  # as many as there can be: none fails
     _fit_dialect(config, need, found)
     _fit_queues(config, need, found)
+    for key in found:
+        if key.startswith("blk.") and config.model_type.name != "blk":
+            raise Skipped(f"it needs {set_text(key, found[key])}, and model {config.model_type.name} has no such key")
     return found
 
 
