@@ -262,6 +262,28 @@ def test_a_device_that_is_no_disk_is_asked_what_is_true_of_every_model(tmp_path)
     assert "blk.num_queues" in found.reasons["K03"]
 
 
+def test_an_ended_check_leaves_no_server_and_no_scratch_image(tmp_path):
+    command = [sys.executable, "-P", "-m", "vpci", "check", str(CONFIG), "--json"]
+    env = {**environment(), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["id"] == "A01"
+        [folder] = tmp_path.iterdir()
+        process.terminate()
+        process.stdout.read()
+    assert process.returncode == 143
+    assert not list(tmp_path.iterdir())
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder) in text_of(path)]
+
+
+def text_of(path: Path) -> str:
+    """Of a file that may go away meanwhile."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def test_a_junit_file_says_what_failed(tmp_path):
     check(faulty(tmp_path, "Lazy"), "--only", "A02,F02", "--timeout", "0.5", "--junit", "out.xml", cwd=tmp_path)
     root = ElementTree.parse(tmp_path / "out.xml").getroot()

@@ -119,10 +119,10 @@ class ConfigServer:
     def pid(self) -> int | None:
         return self.process.pid
 
-    def stop(self) -> None:
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         """End it, also one that hangs."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(how)
         try:
             self.process.wait(1)
         except subprocess.TimeoutExpired:
@@ -209,7 +209,7 @@ class ConfigTarget:
         for key, known in list(self._servers.items()):
             if known is server:
                 del self._servers[key]
-                known.stop()
+                known.stop(signal.SIGKILL)  # it has not answered, and would not end sooner
 
     def hurry(self, seconds: float) -> None:
         self.timeout = min(self.timeout, seconds)
@@ -232,8 +232,7 @@ class ConfigTarget:
     def _image(self, changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Where the disk's bytes are: in place if that is wanted and possible, else a sparse file of the same size."""
         if self.in_place and not any(key.startswith("blk.") for key in changes):
-            for server in list(self._servers.values()):
-                self.discard(server)  # an image has one user at a time
+            self.close()  # an image has one user at a time
             return {}
         image = folder / "scratch.img"
         size = size_of(changes.get("blk.size", getattr(self.config.section, "size", None)))

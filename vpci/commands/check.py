@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import stat
 import sys
 import tempfile
@@ -18,8 +19,6 @@ from vpci.check.target import ConfigTarget, SocketTarget, Target
 from vpci.commands.output import Output
 from vpci.errors import ConfigError
 
-TIMEOUT_S = 5.0
-
 
 def run(args: argparse.Namespace) -> int:
     """0 when no case failed and none got no answer."""
@@ -27,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if args.timeout <= 0:
         raise ConfigError("", "--timeout", args.timeout, "seconds, more than 0")
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, _end)
     with ExitStack() as stack:
         target = stack.enter_context(closing(_target(args, stack)))
         verdicts = list(_show(args, Runner(target, chosen, _progress(args))))
@@ -34,6 +34,11 @@ def run(args: argparse.Namespace) -> int:
         report.write_junit(args.junit, target.name, verdicts)
     _show_end(args, verdicts, time.monotonic() - began, target.name)
     return 0 if is_good(verdicts) else 1
+
+
+def _end(number: int, _: object) -> None:
+    """So that servers and scratch images go with us."""
+    sys.exit(128 + number)
 
 
 def _target(args: argparse.Namespace, stack: ExitStack) -> Target:
