@@ -217,6 +217,8 @@ class ConfigTarget:
             server.timeout = self.timeout
 
     def close(self) -> None:
+        for server in self._servers.values():
+            server.process.terminate()  # all of them, before the first is waited for
         while self._servers:
             self._servers.popitem()[1].stop()
 
