@@ -215,6 +215,12 @@ class Guest:
         if self.boot == "kernel":
             self.wait_ready(timeout)
 
+    def reboot(self, timeout: float = START_TIMEOUT) -> None:
+        """Reboot from inside, without a shutdown of drivers' own, and wait until the guest takes commands again."""
+        self._panic_from = len(self.console)
+        self._linked.send("sync; reboot -f")
+        self.wait_ready(timeout)
+
     def press_reset(self) -> None:
         """Press reset and do not wait."""
         self._linked.forget()
