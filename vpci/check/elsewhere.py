@@ -55,7 +55,7 @@ _ROWS = (
     ("S02", "the same without MSI: INTx and ISR", "S091", WHOLE, "tests/guest/test_linux_disk.py::test_linux_with_nomsi_uses_intx_of_an_msix_function"),
     ("S04", "patchv2-literal hangs Linux, and that is seen", "section 3", WHOLE, "tests/guest/test_literal.py::test_linux_hangs_on_the_literal_dialect"),
     ("S05", "SeaBIOS boots from the disk", "TRACE", WHOLE, "tests/guest/test_linux_disk.py::test_seabios_boots_from_the_disk"),
-    ("S06", "the register trace of a guest is that with QEMU's own device, bits 24, 30 and 31 apart", "TRACE", "no test compares register traces yet", ""),
+    ("S06", "the register trace of a guest is that with QEMU's own device, bits 24, 30 and 31 apart", "TRACE", WHOLE, "tests/guest/test_trace.py::test_linux_and_seabios_use_our_registers_as_qemus_own"),
     ("S08", "the driver is unbound and bound, the guest reboots, again and again", "LNX", WHOLE, "tests/guest/test_linux_disk.py::test_fifty_rounds_of_unbind_and_bind_then_three_reboots_work_each_time"),
 )  # fmt: skip
 ELSEWHERE = {row[0]: Elsewhere(*row) for row in _ROWS}
