@@ -12,12 +12,13 @@ from vpci.check.elsewhere import ELSEWHERE
 from vpci.check.guest import Guest
 from vpci.check.target import Server, Target
 from vpci.errors import ConfigError, VpciError
-from vpci.vfu.client import ServerTimeout
+from vpci.vfu.client import ServerGone, ServerTimeout
 
 #: Importing a module declares its cases.
 MODULES = (header, ring, interrupts, config, blk, malformed, stress)
 #: A device that gave no answer so often gets less time for the next ones, and then no more cases.
 PATIENT, HURRIED_S, GIVE_UP_AFTER = 3, 1.0, 20
+END_S = 1.0  # that a process which closed its sockets may take to end
 
 #: Cases that ask nothing of a disk: neither its configuration nor its requests.
 ANY_MODEL = frozenset(
@@ -129,6 +130,8 @@ class Runner:
             return Result.WEDGED, str(why)
         except Failed as why:
             return Result.FAIL, self._with_death(server, str(why))
+        except ServerGone as why:  # a process that ends closes its sockets first: its status comes a moment later
+            return Result.FAIL, self._with_death(server, f"ServerGone: {why}", END_S)
         except (VpciError, OSError) as why:
             return Result.FAIL, self._with_death(server, f"{type(why).__name__}: {why}")
         except Exception as why:  # the device answered what no case thought of
@@ -137,9 +140,9 @@ class Runner:
             return Result.FAIL, self._with_death(server, "")
         return Result.PASS, ""
 
-    def _with_death(self, server: Server | None, why: str) -> str:
+    def _with_death(self, server: Server | None, why: str, patience: float = 0) -> str:
         """The reason, and how the server ended if it did: the next case gets another one."""
-        death = server.death() if server else ""
+        death = server.death(patience) if server else ""
         if server and death:
             self._replace(server)
         return "; ".join(part for part in (why, death) if part)

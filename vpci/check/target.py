@@ -65,8 +65,8 @@ class Server(Protocol):
     def refusal(self, sets: Mapping[str, Any]) -> str:
         """What a start with these keys as well says when it is refused; "" when it is not."""
 
-    def death(self) -> str:
-        """How the process ended, "" while it lives."""
+    def death(self, patience: float = 0) -> str:
+        """How the process ended, "" while it lives; waits so many seconds for the end."""
 
 
 class Target(Protocol):
@@ -131,9 +131,12 @@ class ConfigServer:
         if self.process.stdout:
             self.process.stdout.close()
 
-    def death(self) -> str:
-        status = self.process.poll()
-        return "" if status is None else f"the server ended with {status}: {self._log_tail()}"
+    def death(self, patience: float = 0) -> str:
+        try:
+            status = self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            return ""
+        return f"the server ended with {status}: {self._log_tail()}"
 
     def wait_ring_error(self, queue: int, rule: str) -> None:
         deadline = time.monotonic() + self.timeout
@@ -369,7 +372,7 @@ class SocketServer:
     def refusal(self, sets: Mapping[str, Any]) -> str:
         raise Skipped("needs-config: a start with other keys")
 
-    def death(self) -> str:
+    def death(self, patience: float = 0) -> str:
         return ""
 
 
