@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vpci.check.cases import Failed, Need, Wedged, claim, expect
@@ -351,10 +352,9 @@ class Guest:
 
     def msix(self, enabled: bool = True, mask: bool = False) -> None:
         """Message Control, the word at capability 0x11 plus 2: bit 15 enable, bit 14 function mask."""
-        at = self.capabilities().get(0x11)
-        if at is None:
+        if self._msix_at is None:
             raise Failed("no MSI-X capability")
-        self.pci_write(at + 2, 2, enabled << 15 | mask << 14)
+        self.pci_write(self._msix_at + 2, 2, enabled << 15 | mask << 14)
 
     def status(self) -> int:
         return self.read(18, 1)
@@ -377,8 +377,12 @@ class Guest:
 
     def has_msix(self) -> bool:
         """m, as configuration space says it now."""
-        at = self.capabilities().get(0x11)
-        return at is not None and bool(self.pci(at + 2, 2) & 0x8000)
+        return self._msix_at is not None and bool(self.pci(self._msix_at + 2, 2) & 0x8000)
+
+    @cached_property
+    def _msix_at(self) -> int | None:
+        """Where its capability is; looked for once, for a list does not change while a client is there."""
+        return self.capabilities().get(0x11)
 
     def offers(self, bit: int) -> bool:
         """Of bits 0 to 31."""

@@ -95,6 +95,8 @@ class Runner:
 
     def run(self) -> Iterator[Verdict]:
         """One verdict a case, in the order of the ids."""
+        cases = [CASES[id] for id in self.chosen if id in CASES]
+        self.target.plan([(case, need) for case in cases for need in case.needs])
         for number, id in enumerate(self.chosen, 1):
             self.progress(f"{number}/{len(self.chosen)} {id}")
             yield _elsewhere(ELSEWHERE[id]) if id in ELSEWHERE else self._case(CASES[id])

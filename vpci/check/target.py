@@ -6,6 +6,8 @@ each distinct need has one server. A socket is somebody else's server: it fits a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import select
@@ -15,7 +17,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from vpci.config import Config
 from vpci.errors import BackendError, VpciError
 
 START_S = 20
+AHEAD = 8  # attempts whose servers are started; most have one that runs already
 DEFAULT_QUEUE_SIZE = 256
 MIN_DISK_BYTES = 1 << 20
 MIN_MAX_SG = 1024
@@ -74,6 +77,9 @@ class Target(Protocol):
 
     name: str
 
+    def plan(self, attempts: Sequence[Attempt]) -> None:
+        """What will be asked for, in order; some of it may be left out."""
+
     def server(self, case: Case, need: Need) -> Server:
         """A server that fits; raises Skipped with the reason when there is none."""
 
@@ -86,11 +92,16 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
+Attempt = tuple[Case, Need]
+
 # -- a configuration -----------------------------------------------------------------------------------------------
 
 
 class ConfigServer:
-    """`vpci serve` on one configuration with keys set; `image` is the file behind the disk."""
+    """`vpci serve` on one configuration with keys set; `image` is the file behind the disk.
+
+    It is started, and serves once `wait_listening` has returned.
+    """
 
     def __init__(self, config: Config, sets: Mapping[str, Any], folder: Path, timeout: float) -> None:
         self.config, self.sets, self.timeout = config, sets, timeout
@@ -109,11 +120,7 @@ class ConfigServer:
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
             )
-        try:
-            self._wait_listening()
-        except BaseException:
-            self.stop()
-            raise
+        self._listening = False
 
     @property
     def pid(self) -> int | None:
@@ -158,10 +165,11 @@ class ConfigServer:
             text = process.stdout.read().decode(errors="replace").strip()
             return f"exit status {process.returncode}: {text}"
 
-    def _wait_listening(self) -> None:
+    def wait_listening(self) -> None:
+        """Raises what `vpci serve` said when it ended, and Wedged."""
         deadline = time.monotonic() + START_S
-        while not self._read_events(deadline, "the event listening"):
-            pass
+        while not self._listening:
+            self._listening = self._read_events(deadline, "the event listening")
 
     def _read_events(self, deadline: float, what: str) -> bool:
         """Wait for output; whether `listening` was among it."""
@@ -190,23 +198,48 @@ class ConfigServer:
 
 
 class ConfigTarget:
-    """A configuration file; `folder` is for sockets, logs and scratch images."""
+    """A configuration file; `folder` is for sockets, logs and scratch images.
+
+    While a case runs the servers of the next ones start: half of a check's time would be waiting for them.
+    """
 
     def __init__(self, config: Config, sets: list[str], folder: Path, timeout: float, in_place: bool = False) -> None:
         self.name = config.file
         self.config, self.user_sets, self.folder, self.timeout = config, sets, folder, timeout
         self.in_place = in_place
         self._servers: dict[str, ConfigServer] = {}
+        self._plan: list[Attempt] = []
         self._count = 0
 
+    def plan(self, attempts: Sequence[Attempt]) -> None:
+        self._plan = list(attempts)
+
     def server(self, case: Case, need: Need) -> Server:
-        changes = fit(self.config, need)
+        found = self._started(fit(self.config, need))
+        self._start_ahead(case, need)
+        try:
+            found.wait_listening()
+        except BaseException:
+            self.discard(found)
+            raise
+        found.forget_events()
+        return found
+
+    def _started(self, changes: Mapping[str, Any]) -> ConfigServer:
         key = json.dumps(changes, sort_keys=True)
         if key not in self._servers:
             self._servers[key] = self._start(changes)
-        found = self._servers[key]
-        found.forget_events()
-        return found
+        return self._servers[key]
+
+    def _start_ahead(self, case: Case, need: Need) -> None:
+        """The servers of the attempts that follow this one; an image that is used in place has one server at a time."""
+        passed = next((n for n, attempt in enumerate(self._plan, 1) if attempt == (case, need)), 0)
+        self._plan = self._plan[passed:]
+        if self.in_place:
+            return
+        for _, later in self._plan[:AHEAD]:
+            with contextlib.suppress(Skipped):
+                self._started(fit(self.config, later))
 
     def discard(self, server: Server) -> None:
         for key, known in list(self._servers.items()):
@@ -244,10 +277,16 @@ class ConfigTarget:
         size = size or image_bytes(Path(self.config.section.path)) or MIN_DISK_BYTES  # type: ignore[attr-defined]
         with image.open("wb") as file:
             file.truncate(size)
-            file.write(bytes((n * 7 + n // 512) & 0xFF for n in range(min(size, PATTERN_BYTES))))
+            file.write(_pattern()[:size])
             file.seek(size - 512)
             file.write(b"last" * 128)
         return {"blk.backend": "file", "blk.path": str(image), "blk.size": size}
+
+
+@functools.cache
+def _pattern() -> bytes:
+    """What a scratch image starts with: no two of its sectors are alike."""
+    return bytes((n * 7 + n // 512) & 0xFF for n in range(PATTERN_BYTES))
 
 
 def fit(config: Config, need: Need) -> dict[str, Any]:
@@ -396,6 +435,9 @@ class SocketTarget:
         if missing := self._facts.missing(need):
             raise Skipped(f"needs-config: {missing}")
         return self._server
+
+    def plan(self, attempts: Sequence[Attempt]) -> None:
+        """There is but one server."""
 
     def discard(self, server: Server) -> None:
         """It is not ours to end; a server that does not answer any more is found out here."""

@@ -155,10 +155,10 @@ class Client:
         )
         rest = memoryview(data)
         while rest:
-            self._poll(select.POLLOUT, deadline, "room to send")
             try:
                 sent = self.socket.sendmsg([rest], ancillary)
             except BlockingIOError:
+                self._poll(select.POLLOUT, deadline, "room to send")
                 continue
             except (BrokenPipeError, ConnectionResetError) as err:
                 raise ServerGone(f"while sending: {err}") from err
