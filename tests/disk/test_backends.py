@@ -7,6 +7,7 @@ import fcntl
 import os
 import random
 import stat
+import threading
 
 import pytest
 
@@ -19,6 +20,7 @@ from vpci.errors import BackendError, ConfigError
 IN, OUT, ZEROES = 0, 1, 13
 OK, IOERR = 0, 1
 SECTORS = 2048
+QUIET_S = 0.2  # how long it is watched that nothing comes
 BLOCKS = "tests.disk.backends:BlockDisk"
 
 
@@ -85,14 +87,22 @@ def test_a_backend_of_blocks_is_called_for_whole_blocks_alone(make_disk):
 
 
 def test_writes_into_one_block_at_the_same_time_keep_each_other(make_disk):
-    """Each has to read the block and write it back."""
+    """Each has to read the block and write it back; while the first one is about to, the second may not read."""
     rig = make_disk(f"blk.backend='{BLOCKS}'")
-    for turn in range(1, 20):
-        for sector in range(8):
-            rig.driver.submit(OUT, sector, bytes([turn * 8 + sector]) * 512)
-        rig.driver.queue.kick()
-        assert {done.status for done in rig.driver.wait_all(8).values()} == {OK}
-        assert rig.driver.read(0, 8) == b"".join(bytes([turn * 8 + sector]) * 512 for sector in range(8))
+    read_again = threading.Event()
+
+    def on_call(call):
+        if call.op == "read" and len(rig.disk.done("read")) == 2:
+            read_again.set()
+        elif call.op == "write" and len(rig.disk.done("write")) == 1:
+            read_again.wait(QUIET_S)
+
+    rig.disk.on_call = on_call
+    for sector in (0, 1):
+        rig.driver.submit(OUT, sector, bytes([sector + 1]) * 512)
+    rig.driver.queue.kick()
+    assert [done.status for done in rig.driver.wait_all(2).values()] == [OK, OK]
+    assert rig.disk.data[:1536] == b"\1" * 512 + b"\2" * 512 + bytes(512)
 
 
 def test_a_failed_read_of_a_blocks_edge_writes_nothing(make_disk):
