@@ -41,7 +41,7 @@ class NbdDisk:
         """Connect, and become the disk of the new connections. BackendError: then nothing has changed."""
         library = find_libnbd()
         if library is None:
-            hint = "apt-get install libnbd0, or let `vpci doctor --fetch` bring it into the cache"
+            hint = "apt-get install libnbd0, or let `vpci doctor --fetch libnbd` bring it into the cache"
             raise BackendError(self.path, errno.ENOENT, f"libnbd is not here: {hint}")
         info, text = ffi.new("vpci_nbd_info *"), ffi.new("char[]", _ERROR_BYTES)
         state = lib.vpci_nbd_open(
