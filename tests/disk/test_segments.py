@@ -117,6 +117,20 @@ def test_a_segment_of_no_sectors_is_nothing_to_do(image, kind, segment):
     assert path.read_bytes() == FULL
 
 
+@pytest.mark.parametrize("kind", [DISCARD, ZEROES, ERASE])
+@pytest.mark.parametrize("cuts", [(), (3,), (16,), (1, 9, 33)])
+def test_segments_among_the_writable_bytes_are_those_of_an_erase_alone(image, kind, cuts):
+    """Linux has them there: it takes a type's lowest bit for the direction, and 14 is even."""
+    disk, path = image
+    segments = struct.pack("<QIIQII", 2, 1, 0, 4, 1, 0)
+    head = disk.submit_raw(struct.pack("<IIQ", kind, 0, 0), 33, in_cuts=cuts)
+    disk.queue.memory.write(disk._flying[head].in_gpa, segments)
+    disk.queue.kick()
+    assert disk.wait(head).status == (OK if kind == ERASE else IOERR)
+    erased = bytes(512) if kind == ERASE else b"\x5a" * 512
+    assert path.read_bytes()[:3072] == b"\x5a" * 1024 + erased + b"\x5a" * 512 + erased + b"\x5a" * 512
+
+
 @pytest.mark.parametrize("cuts", [(1, 17, 20), (15,), (16, 24, 32)])
 def test_segments_may_be_cut_anywhere(image, cuts):
     disk, path = image

@@ -103,6 +103,11 @@ static int copy(const vpci_mem *mem, const struct vpci_span *s, void *buf, uint6
     return vpci_guard(mem, run_copy, &c) ? 0 : EFAULT;
 }
 
+bool vpci_span_read(const vpci_mem *mem, const struct vpci_span *s, void *buf)
+{
+    return !copy(mem, s, buf, s->len, false);
+}
+
 /* Read what a write does not cover of its first and last block. */
 static int read_edges(const struct vpci_disk *d, uint8_t *buf, uint64_t start, uint64_t end, uint64_t from, uint64_t to)
 {
