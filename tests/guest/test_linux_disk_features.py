@@ -204,4 +204,4 @@ def test_three_disks_in_one_guest_each_with_another_backend(tmp_path: Path, imag
         for server in (one, three):
             assert state(server)["engine"]["errors"] == 0
     assert frozen.read_bytes() == b"\x5a" * MIB
-    subprocess.run(servers.command("qemu-img", "check", "-q", str(tmp_path / "disk.qcow2")), check=True)
+    servers.run("qemu-img", "check", "-q", str(tmp_path / "disk.qcow2"))

@@ -147,11 +147,12 @@ static void lock_edges(struct vpci_disk *d, const struct vpci_span *s)
 static int copied(struct vpci_disk *d, const vpci_mem *mem, struct vpci_span *s, bool write, uint32_t flags)
 {
     void *buf;
-    int error = posix_memalign(&buf, d->align < 64 ? 64 : d->align, BOUNCE_BYTES + 2 * (size_t)d->align);
+    uint64_t most = s->len < BOUNCE_BYTES ? s->len : BOUNCE_BYTES;
+    int error = posix_memalign(&buf, d->align < 64 ? 64 : d->align, most + 2 * (size_t)d->align);
     if (error)
         return error;
     while (s->len && !error) {
-        uint64_t len = s->len < BOUNCE_BYTES ? s->len : BOUNCE_BYTES;
+        uint64_t len = s->len < most ? s->len : most;
         error = write ? bounce_out(d, mem, s, buf, len, flags) : bounce_in(d, mem, s, buf, len);
         if (!error)
             vpci_span_skip(s, len);

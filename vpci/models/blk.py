@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from vpci.backends import Disk, find_backend, parse_size
+from vpci.backends import Disk, PlainDisk, open_disk, parse_size, whole
 from vpci.errors import ConfigError
 from vpci.models.base import Identity, Model, Operation, QueueSpec
 from vpci.models.engine import BlkEngine
@@ -161,20 +161,30 @@ class BlkModel(Model):
     not_by_offer = _NOT_BY_OFFER
 
     section: BlkSection
+    writeback = True
+    acked = 0
+    _engine: BlkEngine | None = None
 
     def __init__(self, section: BlkSection, queue_size: int | None = None, max_sg: int = 1024) -> None:
         super().__init__(section, queue_size, max_sg)
         _check_section(section)
         self.writeback = section.writeback
-        self.acked = 0
-        self._engine: BlkEngine | None = None
-        open_disk = find_backend(section.backend)
-        self.disk: Disk = open_disk(section.path, self._size_bytes("blk.size"), section.read_only, section.direct)
+        size_bytes = self._size_bytes("blk.size")
+        self.disk = open_disk(section.backend, section.path, size_bytes, section.read_only, section.direct)
         try:
             self._check_size(self.disk.size_bytes, "blk.logical_block_size", section.logical_block_size)
         except BaseException:
             self.disk.close()
             raise
+
+    @property
+    def disk(self) -> Disk:
+        """Where the bytes are. It may be given a plain disk."""
+        return self._disk
+
+    @disk.setter
+    def disk(self, disk: Disk | PlainDisk) -> None:
+        self._disk = whole(disk)
 
     @property
     def features(self) -> int:

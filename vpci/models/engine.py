@@ -45,6 +45,11 @@ class BlkEngine:
     """The block engine on a backend: requests are parsed and served in C. `setup`: fields of vpci_blk_setup."""
 
     def __init__(self, disk: Disk, serial: str, **setup: Any) -> None:
+        if disk.ops.abi != lib.VPCI_DISK_ABI:
+            told = (
+                f"its table is of version {disk.ops.abi}, wanted {lib.VPCI_DISK_ABI}: build it with this vpci's disk.h"
+            )
+            raise BackendError(disk.path, 0, told)
         self._disk = disk  # the backend's state lives as long as the engine
         text = ffi.new("char[]", serial.encode("ascii"))
         place = {"ops": disk.ops, "disk": disk.state, "align": disk.align, "private_memory": disk.private_memory}
