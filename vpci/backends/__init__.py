@@ -19,7 +19,7 @@ BUILT_IN = {
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class PlainDisk(Protocol):
+class Disk(Protocol):
     """What a backend's author has to write, where there is an fd that preadv2 and pwritev2 take."""
 
     @property
@@ -45,7 +45,7 @@ class PlainDisk(Protocol):
         """Give the fd and every lock back."""
 
 
-class Disk(Protocol):
+class WholeDisk(Protocol):
     """An open disk, whole: a table of operations (csrc/api/disk.h) with its state, which the block engine calls.
 
     `ops` and `state` are cffi pointers that live until close(). `align` (a power of two) is what offsets, lengths and
@@ -101,7 +101,7 @@ class Disk(Protocol):
         """Give everything back."""
 
 
-OpenDisk = Callable[..., "Disk | PlainDisk"]
+OpenDisk = Callable[..., "WholeDisk | Disk"]
 
 
 def find_backend(name: str) -> OpenDisk:
@@ -112,7 +112,7 @@ def find_backend(name: str) -> OpenDisk:
     return cast(OpenDisk, found)
 
 
-def open_disk(name: str, path: str | None, size_bytes: int | None, read_only: bool, direct: bool) -> Disk:
+def open_disk(name: str, path: str | None, size_bytes: int | None, read_only: bool, direct: bool) -> WholeDisk:
     """Open a disk of the backend `name`, which gets `direct=True` only if that is asked for and it has it."""
     opener = find_backend(name)
     if direct and "direct" not in inspect.signature(opener).parameters:
@@ -120,10 +120,10 @@ def open_disk(name: str, path: str | None, size_bytes: int | None, read_only: bo
     return whole(opener(path, size_bytes, read_only, **({"direct": True} if direct else {})))
 
 
-def whole(disk: Disk | PlainDisk) -> Disk:
+def whole(disk: WholeDisk | Disk) -> WholeDisk:
     """The disk, with a table of operations made for its descriptor if it has none of its own."""
     if hasattr(disk, "ops"):
-        return cast(Disk, disk)
+        return cast(WholeDisk, disk)
     from vpci.backends.descriptor import DescriptorDisk
 
     return DescriptorDisk(disk)

@@ -8,19 +8,19 @@ import stat
 from typing import Any
 
 from vpci._core import ffi, lib
-from vpci.backends import PlainDisk
+from vpci.backends import Disk
 from vpci.errors import BackendError
 from vpci.spec.blk import SECTOR_SIZE
 
 
 class DescriptorDisk:
-    """A `vpci.backends.Disk` on the descriptor of a plain one; what else that has is found on it too."""
+    """A `vpci.backends.WholeDisk` on the descriptor of a plain one; what else that has is found on it too."""
 
     align = 1
     private_memory = False
     block_size = SECTOR_SIZE
 
-    def __init__(self, plain: PlainDisk) -> None:
+    def __init__(self, plain: Disk) -> None:
         self.plain = plain
         self.path: str = getattr(plain, "path", type(plain).__name__)
         is_block = stat.S_ISBLK(os.fstat(plain.fd).st_mode)

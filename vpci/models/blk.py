@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from vpci.backends import Disk, PlainDisk, open_disk, parse_size, whole
+from vpci.backends import Disk, WholeDisk, open_disk, parse_size, whole
 from vpci.errors import ConfigError
 from vpci.models.base import Identity, Model, Operation, QueueSpec
 from vpci.models.engine import BlkEngine
@@ -178,12 +178,12 @@ class BlkModel(Model):
             raise
 
     @property
-    def disk(self) -> Disk:
+    def disk(self) -> WholeDisk:
         """Where the bytes are. It may be given a plain disk."""
         return self._disk
 
     @disk.setter
-    def disk(self, disk: Disk | PlainDisk) -> None:
+    def disk(self, disk: WholeDisk | Disk) -> None:
         self._disk = whole(disk)
 
     @property

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from vpci._core import ffi, lib
-from vpci.backends import Disk
+from vpci.backends import WholeDisk
 from vpci.errors import BackendError
 from vpci.models.base import Chain, Model
 
@@ -44,7 +44,7 @@ class Engine(Protocol):
 class BlkEngine:
     """The block engine on a backend: requests are parsed and served in C. `setup`: fields of vpci_blk_setup."""
 
-    def __init__(self, disk: Disk, serial: str, **setup: Any) -> None:
+    def __init__(self, disk: WholeDisk, serial: str, **setup: Any) -> None:
         if disk.ops.abi != lib.VPCI_DISK_ABI:
             told = (
                 f"its table is of version {disk.ops.abi}, wanted {lib.VPCI_DISK_ABI}: build it with this vpci's disk.h"
