@@ -8,11 +8,12 @@ import struct
 import pytest
 
 from tests.doubles import blk_config, serving
-from vpci.driver import BlkDriver, Device
+from vpci.driver import BlkDriver, Device, Memory, Range
 
 OUT, DISCARD, ZEROES, ERASE = 1, 11, 13, 14
 OK, IOERR, UNSUPP = 0, 1, 2
 SECTORS = 2048
+MIB = 1 << 20
 FULL = b"\x5a" * (SECTORS * 512)
 LIMITS = "max_discard_sectors=64\nmax_discard_seg=3\nmax_write_zeroes_sectors=64\nmax_write_zeroes_seg=3\nsecure_erase=true\nmax_secure_erase_sectors=64\nmax_secure_erase_seg=3\n"
 
@@ -151,6 +152,26 @@ def test_what_is_not_offered_is_unsupported(serve, memory, kind, sets):
         assert not device.offered_features() & (1 << 13 | 1 << 14 | 1 << 16)
         assert BlkDriver(device).segments(kind, (0, 1, 0)).status == UNSUPP
     assert (server.cwd / "disk.img").read_bytes() == FULL
+
+
+def test_segments_come_from_memory_that_only_the_client_reaches_too(server):
+    """But not an erase's among the writable bytes: nobody has read those, so nothing is erased and that is said."""
+    path = server.cwd / "disk.img"
+    path.write_bytes(FULL)
+    memory = Memory(ranges=[Range(0x10_0000, MIB, 0, shared=False)])
+    with server.client() as client:
+        device = Device(client, memory)
+        device.start()
+        client.memory = memory
+        disk = BlkDriver(device)
+        for n, kind in enumerate((DISCARD, ZEROES, ERASE)):
+            assert disk.segments(kind, (n, 1, 0)).status == OK
+        head = disk.submit_raw(struct.pack("<IIQ", ERASE, 0, 0), 17)
+        memory.write(disk._flying[head].in_gpa, struct.pack("<QII", 9, 1, 0))
+        disk.queue.kick()
+        assert disk.wait(head).status == IOERR
+    memory.close()
+    assert path.read_bytes() == bytes(1536) + FULL[1536:]
 
 
 def test_every_limit_is_in_the_configuration(serve, memory):
