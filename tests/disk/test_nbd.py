@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import socket
@@ -12,10 +13,12 @@ import pytest
 from tests.disk import servers
 from tests.disk.rig import FLUSH
 from vpci.backends.nbd import NbdDisk
+from vpci.cli import COMMANDS, main
+from vpci.commands.doctor import FETCH
 from vpci.ctl import Ctl, ask
 from vpci.errors import BackendError, ConfigError
 from vpci.guest import ProvisionError
-from vpci.guest.libnbd import ensure_libnbd
+from vpci.guest.libnbd import ensure_libnbd, find_libnbd
 from vpci.models import engine
 
 IN, OUT, T_FLUSH = 0, 1, 4
@@ -268,3 +271,13 @@ def test_a_pause_is_long_enough_for_an_engine_of_ours():
     from vpci.backends.nbd import CONNECT_MS
 
     assert (engine.PAUSE_MS + CONNECT_MS) / 1000 < 60
+
+
+def test_doctor_names_the_libnbd_that_is_used_and_fetches_by_name(capsys):
+    """It is here already (see `programs`), so nothing is fetched."""
+    assert main(["doctor", "--fetch", "libnbd", "--json"]) in (0, 1)
+    found = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert found["libnbd"]["ok"]
+    assert found["libnbd"]["found"] == find_libnbd()
+    flags = dict(COMMANDS["doctor"][2])
+    assert set(flags["--fetch"]["choices"]) == set(FETCH)
