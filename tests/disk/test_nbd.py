@@ -209,6 +209,22 @@ def test_requests_that_hang_in_a_server_end_with_a_reopen(nbd_disk, tmp_path):
         assert rig.driver.read(0) == bytes(512)
 
 
+def test_a_server_that_hangs_does_not_keep_ours_from_ending(nbd_disk, tmp_path, monkeypatch):
+    """Its flush waits for somebody who writes to a fifo."""
+    monkeypatch.setattr("vpci.backends.nbd.FLUSH_S", 0.05)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    zeroes = "pread=dd if=/dev/zero count=$3 iflag=count_bytes status=none"
+    size, flush = "get_size=echo 1048576", f"flush=cat {fifo}"
+    with servers.nbdkit(
+        tmp_path, "plugin:eval", size, zeroes, "pwrite=cat > /dev/null", "can_flush=exit 0", flush
+    ) as server:
+        rig = nbd_disk(server.uri)
+        rig.driver.write(0, bytes(512))
+        assert "may be lost" in rig.stop()
+        fifo.write_bytes(b"")
+
+
 def test_an_export_that_became_larger_is_found_by_a_reopen(nbd_disk, tmp_path):
     image = tmp_path / "raw.img"
     image.write_bytes(bytes(MIB))
