@@ -103,15 +103,21 @@ class BlkSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     discard: Annotated[
         bool, Meta(description="Offer VIRTIO_BLK_F_DISCARD, if the disk is writable and its backend can.")
     ] = True
-    max_discard_sectors: Annotated[Count, Meta(description="Sectors of 512 bytes of one segment.")] = 1 << 22
-    max_discard_seg: Annotated[int, Meta(description="Segments of one request.", ge=1, le=1024)] = 32
+    max_discard_sectors: Annotated[
+        Count, Meta(description="Sectors of 512 bytes in one segment of a discard, at most.")
+    ] = 1 << 22
+    max_discard_seg: Annotated[int, Meta(description="Segments of a discard, at most.", ge=1, le=1024)] = 32
     discard_sector_alignment: Annotated[
         Count | None,
         Meta(description="Sectors that a discard is best a multiple of. Absent: a physical block.", examples=[8]),
     ] = None
     write_zeroes: Annotated[bool, Meta(description="Offer VIRTIO_BLK_F_WRITE_ZEROES, if the disk is writable.")] = True
-    max_write_zeroes_sectors: Annotated[Count, Meta(description="Sectors of 512 bytes of one segment.")] = 1 << 17
-    max_write_zeroes_seg: Annotated[int, Meta(description="Segments of one request.", ge=1, le=1024)] = 1
+    max_write_zeroes_sectors: Annotated[
+        Count, Meta(description="Sectors of 512 bytes in one segment of a request for zeroes, at most.")
+    ] = 1 << 17
+    max_write_zeroes_seg: Annotated[
+        int, Meta(description="Segments of a request for zeroes, at most.", ge=1, le=1024)
+    ] = 1
     write_zeroes_may_unmap: Annotated[
         bool, Meta(description="Zeroes that the guest lets go may become holes in the file.")
     ] = True
@@ -122,8 +128,10 @@ class BlkSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "system that copies on write, or a flash disk, keeps of them is beyond its reach."
         ),
     ] = False
-    max_secure_erase_sectors: Annotated[Count, Meta(description="Sectors of 512 bytes of one segment.")] = 1 << 17
-    max_secure_erase_seg: Annotated[int, Meta(description="Segments of one request.", ge=1, le=1024)] = 1
+    max_secure_erase_sectors: Annotated[
+        Count, Meta(description="Sectors of 512 bytes in one segment of an erase, at most.")
+    ] = 1 << 17
+    max_secure_erase_seg: Annotated[int, Meta(description="Segments of an erase, at most.", ge=1, le=1024)] = 1
     secure_erase_sector_alignment: Annotated[
         Count | None,
         Meta(description="Sectors that an erase is best a multiple of. Absent: a physical block.", examples=[8]),
