@@ -94,6 +94,7 @@ class NbdDisk:
             result = self.ops.flush(self.state)
         finally:
             watchdog.cancel()
+            watchdog.join()  # it may be at work on connections that are closed next
         if result < 0:
             raise BackendError(self.path, -result, "cannot flush the export")
 
