@@ -22,7 +22,7 @@ from tests.faults import record
 
 FAULTS = Path(__file__).with_name("faults.toml")
 CSRC = Path("vpci") / "csrc"
-RUN_S = 120
+RUN_S = 240
 CONFIG = "configs/blk.toml"
 ANSWER_S, CHECK_RUN_S = 2, 300
 SEEN = ("FAIL", "WEDGED")

@@ -50,7 +50,7 @@ def test_the_shipped_configuration_works():
 def test_defaults_follow_from_the_model(make):
     function, device, model = make()
     assert (function.n_vectors, device.bar_size, [q.size for q in device.queues]) == (2, 128, [256])
-    assert device.features.offered == 1 << 32 | 0xF1000244
+    assert device.features.offered == 1 << 32 | 0xF1006E54
     assert model.seg_max == 254
     assert model.config_bytes()[:16] == (2048).to_bytes(8, "little") + bytes(4) + b"\xfe\0\0\0"
 
@@ -88,7 +88,7 @@ def test_every_knob_reaches_its_place(make):
         "offered", "fixed24", "qemu", 5, 3, True, 99,
     )  # fmt: skip
     assert (function.n_vectors, function.require_bus_master, device.queues[0].size) == (5, True, 8)
-    assert device.features.offered == (1 << 45 | 0xF1000244 | 1 << 27) & ~(1 << 9 | 1 << 24)
+    assert device.features.offered == (1 << 45 | 0xF1006E54 | 1 << 27) & ~(1 << 9 | 1 << 24)
 
 
 def test_0_vectors_is_intx_only(make):
@@ -253,3 +253,18 @@ def test_every_key_of_every_section_has_a_description():
 
 def test_everything_refused_is_a_vpci_error():
     assert issubclass(ConfigError, VpciError)
+
+
+def test_a_set_for_one_model_reaches_its_files_and_any_other_set_all(tmp_path, monkeypatch):
+    from vpci.config import load_all
+
+    monkeypatch.chdir(tmp_path)
+    Path("blk.toml").write_text(BASIC)
+    Path("other.toml").write_text('[device]\nmodel = "tests.unit.unit_models:BlkLike"\n')
+    blk, other = load_all(["blk.toml", "other.toml"], ["blk:blk.size=2M", "pci.msix_vectors=5", "blk:device.dialect=v0.8"])
+    assert (blk.section.size, blk.device.dialect, other.device.dialect) == ("2M", "v0.8", "patchv2")
+    assert blk.pci.msix_vectors == other.pci.msix_vectors == 5
+    with pytest.raises(ConfigError, match=r"--set net:net.mtu=1: got 'net', allowed: a model of one of the files: blk"):
+        load_all(["blk.toml"], ["net:net.mtu=1"])
+    with pytest.raises(ConfigError, match=r"--set blk.num_queues=0: blk.num_queues"):
+        load_all(["blk.toml"], ["blk:blk.num_queues=0"])
