@@ -16,6 +16,6 @@ def test_the_cases_that_see_a_fault_exist():
     assert {id for fault in planting.load() for id in fault.seen_by} <= CASES.keys()
 
 
-def test_most_faults_are_seen():
+def test_more_than_a_third_of_the_faults_are_seen():
     faults = planting.load()
-    assert sum(bool(fault.seen_by) for fault in faults) > len(faults) / 2
+    assert sum(bool(fault.seen_by) for fault in faults) > len(faults) / 3
