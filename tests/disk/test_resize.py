@@ -17,6 +17,7 @@ from vpci.models import engine
 IN, OUT = 0, 1
 OK, IOERR = 0, 1
 WAIT_S = 10
+QUIET_S = 0.5  # how long an answer that must not come is watched for
 
 
 def ctl(rig):
@@ -114,6 +115,8 @@ def test_a_resize_waits_for_requests_in_the_backend_and_holds_the_next_ones_back
     assert begun.wait(WAIT_S)
     asked = threading.Thread(target=ask, args=(rig.server.path, "resize", ["512K"]))
     asked.start()
+    asked.join(QUIET_S)
+    assert asked.is_alive(), "the answer did not wait"
     held = rig.driver.submit(OUT, 2046, bytes(512))
     rig.driver.queue.kick()
     rig.client.device_info()
