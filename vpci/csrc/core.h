@@ -22,6 +22,7 @@
 #include "api/irq.h"
 #include "api/engine.h"
 #include "api/dev.h"
+#include "api/front.h"
 #include "api/blk.h"
 
 #define PAGE_SIZE_BYTES 4096u
@@ -47,6 +48,7 @@ struct vpci_range {
     uint64_t gpa;
     uint64_t size;
     uint8_t *hva;      /* NULL: cannot be mapped, only reached by messages */
+    bool borrowed;     /* it is not ours to unmap */
     uint32_t perm;
     uint32_t users;    /* pieces of chains in flight that point into it; counted by the queue's owner only */
 };
@@ -173,6 +175,10 @@ struct vpci_irq {
     uint32_t counts[VFU_IRQ_INDICES];
     uint32_t n_vectors;
     struct vpci_vector *vectors;
+    /* Who signals the client when its eventfds are not here: returns -1 when it has armed none. */
+    int (*trigger)(void *state, uint32_t vector);
+    void *trigger_state;
+    bool intx_signalled;     /* by trigger, for the level that INTx has now */
 };
 
 int vpci_irq_init(struct vpci_irq *irq, const uint32_t counts[VFU_IRQ_INDICES]);
@@ -187,6 +193,9 @@ void vpci_irq_set_msix(struct vpci_irq *irq, bool enabled, bool function_mask);
 void vpci_irq_set_intx_disable(struct vpci_irq *irq, bool disabled);
 void vpci_irq_entry_mask(struct vpci_irq *irq, uint32_t vector, bool masked);
 void vpci_irq_unmask_intx(struct vpci_irq *irq);
+/* SET_IRQS as a front with eventfds of its own tells of it. */
+void vpci_irq_mask(struct vpci_irq *irq, uint32_t index, uint32_t start, uint32_t count, bool masked);
+void vpci_irq_armed(struct vpci_irq *irq);
 bool vpci_is_eventfd(int fd);
 void vpci_irq_forget_client(struct vpci_irq *irq);
 /* One SET_IRQS message. Takes the fds it keeps by setting them to -1. Returns 0 or an errno. */

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vpci._core import lib
+from vpci._core import ffi, lib
 from vpci.vfu import wire
 
 
@@ -112,6 +112,12 @@ def _lost(event: Any) -> Report:
     return Report("notes_lost", f"{event.a} more events were not kept: they came too fast", {"count": event.a})
 
 
+def _front(event: Any) -> Report:
+    name, fault = wire.command_name(event.command), ffi.string(event.text).decode(errors="replace")
+    facts = {"pid": event.pid, "message": name, "fault": fault}
+    return Report("refused", f"client {event.pid}: {name}: libvfio-user: {fault}", facts)
+
+
 _REPORTS: dict[int, Callable[[Any], Report]] = {
     lib.VPCI_NOTE_CLIENT: _client,
     lib.VPCI_NOTE_REFUSED: _refused,
@@ -121,6 +127,7 @@ _REPORTS: dict[int, Callable[[Any], Report]] = {
     lib.VPCI_NOTE_CANCEL: _cancel,
     lib.VPCI_NOTE_STUCK: _stuck,
     lib.VPCI_NOTE_LOST: _lost,
+    lib.VPCI_NOTE_FRONT: _front,
 }
 
 

@@ -74,7 +74,8 @@ enum vpci_note {
     VPCI_NOTE_PROTOCOL,       /* the connection was closed: a = reason (enum vpci_refusal), b = detail */
     VPCI_NOTE_CANCEL,         /* a drain takes long; what can be cancelled is: a = chains in flight */
     VPCI_NOTE_STUCK,          /* a drain did not end: the connection is closed: a = chains in flight */
-    VPCI_NOTE_LOST            /* notes were not kept: a = how many */
+    VPCI_NOTE_LOST,           /* notes were not kept: a = how many */
+    VPCI_NOTE_FRONT           /* another front refused a message: command, text */
 };
 
 enum vpci_refusal {
@@ -105,6 +106,7 @@ typedef struct vpci_event {
     uint32_t len;
     uint32_t flags;           /* of the message's header */
     uint32_t pid;             /* the client */
+    char text[96];            /* NOTE_FRONT: its words, with a NUL */
 } vpci_event;
 
 typedef struct vpci_dev_stats {
