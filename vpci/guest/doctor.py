@@ -1,5 +1,6 @@
 """What is here and what is missing: `vpci doctor` shows it; looks at the machine and the cache, fetches nothing."""
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -37,7 +38,7 @@ class Check:
 
 def checks() -> list[Check]:
     """Every check, in the order of use: build, run, fetch, guests, network."""
-    later = (replace(check, needed=False) for check in (*_guests(), *_network()))
+    later = (replace(check, needed=False) for check in (*_transports(), *_guests(), *_network()))
     return [*_build(), *_fetching(), *later]
 
 
@@ -71,6 +72,23 @@ def _fetching() -> Iterator[Check]:
     folder = cache_dir()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     yield _check("cache folder", str(folder) if os.access(nearest, os.W_OK) else "", "export VPCI_CACHE=FOLDER")
+
+
+def _transports() -> Iterator[Check]:
+    hint = "docs/libvfio-user.md says how to get libvfio-user; then VPCI_LIBVFIO_USER=PREFIX pip install ."
+    yield _asked("vpci._vfu", _libvfio_user, hint)
+
+
+def _libvfio_user() -> str:
+    """The version of the library's interface, and where the binding is; OSError when it is there and does not load."""
+    try:
+        binding = importlib.import_module("vpci._vfu")
+    except ModuleNotFoundError:
+        return ""
+    except ImportError as error:
+        raise OSError(f"does not load: {error}") from error
+    lib = binding.lib
+    return f"libvfio-user {lib.LIB_VFIO_USER_MAJOR}.{lib.LIB_VFIO_USER_MINOR} ({binding.__file__})"
 
 
 def _guests() -> Iterator[Check]:
