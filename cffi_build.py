@@ -201,7 +201,11 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Any) -> None:
         temp = Path(self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
-        builder = self._vfu(temp) if ext.name == "vpci._vfu" else ffi_builder()
+        if ext.name == "vpci._vfu":
+            builder = self._vfu(temp)
+            self.force = True  # the library may be another one than last time, and no file's date tells
+        else:
+            builder = ffi_builder()
         full = builder.distutils_extension(str(temp), verbose=False)
         full._needs_stub = False
         super().build_extension(full)

@@ -23,6 +23,7 @@ MAY = {
     "pci": BASE,
     "config": BASE | {"models", "virtio", "config_text"},
     "config_text": BASE,
+    "pyvfio_user": {"_vfu"},
     "build": BASE | {"config", "models", "regs", "virtio", "pci"},
 }
 # the server's side and the client's side never meet

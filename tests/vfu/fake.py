@@ -37,7 +37,7 @@ def header(values: Mapping[str, int] = VALUES) -> str:
     text = (cffi_build.ROOT / cffi_build.CSRC / f"{cffi_build.VFU_LIBRARY_API}.h").read_text()
     callbacks = set(re.findall(r"typedef [^;{]*\((\w+)\)", CALLBACK_TYPES)) | {"vfu_migration_callbacks_t"}
     text = re.sub(r"struct iovec \{.*\};\n", "", text)
-    text = re.sub(r",\s+\.\.\.\s*\}", " }", text).replace("    ...;\n", "")
+    text = re.sub(r",\s+\.\.\.\s*\}", " }", text).replace("    ...;\n", "").replace("{ ...; }", "{ int word; }")
     text = re.sub(r"#define (\w+) \.\.\.", lambda found: f"#define {found[1]} {values.get(found[1], 0)}", text)
     text = re.sub(
         r"typedef \.\.\. (\w+);\n", lambda f: "" if f[1] in callbacks else f"typedef struct {f[1]} {f[1]};\n", text

@@ -101,17 +101,25 @@ def test_a_prefix_without_the_library_fails_the_build_and_is_named(monkeypatch, 
     assert f"error: VPCI_LIBVFIO_USER={prefix}: {prefix / missing} is missing" in done.stderr
 
 
-def test_what_fits_is_built_and_has_the_header_s_values(monkeypatch, tmp_path):
-    values = {**fake.VALUES, "LIB_VFIO_USER_MINOR": 77}
-    prefix = fake.install(tmp_path / "prefix", fake.header(values))
-    monkeypatch.setenv("VPCI_LIBVFIO_USER", str(prefix))
+def built(folder: Path) -> Path:
+    """vpci._vfu alone, built below `folder`."""
     command = build_command()
-    command.build_lib, command.build_temp = str(tmp_path), str(tmp_path / "temp")
+    command.build_lib, command.build_temp = str(folder), str(folder / "temp")
     command.ensure_finalized()
     command.run()
-    (built,) = (tmp_path / "vpci").glob("_vfu.*.so")
-    assert asked(built, "lib.LIB_VFIO_USER_MINOR") == "77"
-    assert asked(built, "lib.vfu_run_ctx(ffi.NULL)") == "0"
+    (path,) = (folder / "vpci").glob("_vfu.*.so")
+    return path
+
+
+def test_what_fits_is_built_and_has_the_header_s_values(monkeypatch, tmp_path):
+    """Again with another library: the build of the first must not be taken for it."""
+    for minor in (77, 78):
+        prefix = fake.install(tmp_path / str(minor), fake.header({**fake.VALUES, "LIB_VFIO_USER_MINOR": minor}))
+        monkeypatch.setenv("VPCI_LIBVFIO_USER", str(prefix))
+        extension = built(tmp_path)
+        assert asked(extension, "lib.LIB_VFIO_USER_MINOR") == str(minor)
+        assert asked(extension, "lib.vfu_run_ctx(ffi.NULL)") == "0"
+        assert asked(extension, f"open('/proc/self/maps').read().count('{prefix}')") != "0"
 
 
 def asked(extension: Path, expression: str) -> str:

@@ -39,6 +39,13 @@ typedef enum {
 #define VFU_CAP_FLAG_CALLBACK ...
 #define VFU_CAP_FLAG_READONLY ...
 
+/* Only their sizes are used: the library copies that many bytes of a capability. */
+struct pmcap { ...; };
+struct msicap { ...; };
+struct msixcap { ...; };
+struct pxcap { ...; };
+struct dsncap { ...; };
+
 int vfu_pci_init(vfu_ctx_t *ctx, vfu_pci_type_t pci_type, int hdr_type, int revision);
 void vfu_pci_set_id(vfu_ctx_t *ctx, uint16_t vid, uint16_t did, uint16_t ssvid, uint16_t ssid);
 void vfu_pci_set_class(vfu_ctx_t *ctx, uint8_t base, uint8_t sub, uint8_t pi);
