@@ -38,8 +38,8 @@ CFFI_CFLAGS = ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno
 #: vpci._vfu: what it takes from libvfio-user, what Python defines for C, what C defines for Python; and its C files.
 VFU_LIBRARY_API = "vfu/libvfio_user"
 VFU_CALLBACKS = ("vfu/callbacks",)
-VFU_API = ("vfu/pyvfio_user",)
-VFU_SOURCES = ("vfu/pyvfio_user",)
+VFU_API = ("vfu/pyvfio_user", "vfu/transport")
+VFU_SOURCES = ("vfu/pyvfio_user", "vfu/transport")
 SYSTEM_TYPES = "struct iovec { void *iov_base; size_t iov_len; };\n"
 
 

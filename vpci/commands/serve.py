@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. 0 when all work was finished and flushed."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread is made: all inherit it
     out = Output(args.json)
-    config = configuration.load(args.config, args.sets)
+    sets = [*args.sets, *([f'device.transport="{args.transport}"'] if args.transport else [])]
+    config = configuration.load(args.config, sets)
     server = make_server(config, args.socket, out)
     server.listen()
     out.event(
@@ -42,7 +43,7 @@ def make_server(config: Config, socket: str | None, out: Output) -> Server:
     """A server for `config`, not started."""
     function, device, model = make_function(config)
     try:
-        return Server(function, device, model, socket or config.socket, out.report)
+        return Server(function, device, model, socket or config.socket, out.report, config.device.transport)
     except BaseException:
         model.close()
         raise

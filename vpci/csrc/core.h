@@ -119,13 +119,14 @@ struct vpci_queue {
     struct chain *building;   /* the chain that pop is filling, for when it is left in the middle */
 
     /* far memory: the queue then runs on a thread that may block (far.c) */
-    const struct vpci_far_ops *far;
+    const struct vpci_far_ops *far;   /* NULL: far memory is refused */
     void *far_arg;
     uint8_t *shadow;          /* stands for the ring's far pages: words go through it one by one */
     uint8_t *block;           /* of a far indirect table */
     uint64_t block_gpa;
     uint32_t block_len;
     bool far_ring;            /* some page of the ring is far */
+    bool far_refused;         /* and nobody can reach it */
     bool needs_far;           /* the ring or a chain is far: the pump leaves the queue to the far thread */
     bool on_far_thread;       /* that thread is at work on it, perhaps waiting for the client */
     bool unwound;             /* an access was given up: what was begun has no effect and is to be tried again */

@@ -71,6 +71,8 @@ int vpci_dev_start(vpci_dev *dev, int listen_fd)
 
 int vpci_dev_start_front(vpci_dev *dev, const vpci_front *front, void *state)
 {
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        dev->queues[i]->far = NULL;
     dev->irq.trigger = front->trigger;
     dev->irq.trigger_state = state;
     return start(dev, front, state);

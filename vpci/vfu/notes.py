@@ -37,6 +37,10 @@ RING_RULES: dict[int, tuple[str, str]] = {
     lib.VPCI_RING_TABLE_UNMAPPED: ("table_unmapped", "the indirect table is not in mapped memory at {addr:#x}"),
     lib.VPCI_RING_UNMAPPED: ("ring_unmapped", "a kick, but the ring at {addr:#x} is not whole in mapped memory"),
     lib.VPCI_RING_VANISHED: ("ring_vanished", "the file of the ring's memory at {addr:#x}, or of a chain's, shrank"),
+    lib.VPCI_RING_FAR_MEMORY: (
+        "far_memory",
+        "memory at {addr:#x} came without an fd, and libvfio-user cannot ask for it safely; share the guest's memory",
+    ),
 }
 
 _MESSAGE_FAULTS: dict[int, str] = {

@@ -58,5 +58,5 @@ typedef struct vpci_core {
 enum vpci_front_abi { VPCI_FRONT_ABI = 1 };
 
 const vpci_core *vpci_core_table(void);
-/* Start the pump with another front; it and its state stay the caller's. Returns 0 or -errno. */
+/* Start the pump with another front; it and its state stay the caller's. Far memory is refused. Returns 0 or -errno. */
 int vpci_dev_start_front(vpci_dev *dev, const vpci_front *front, void *state);
