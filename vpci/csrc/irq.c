@@ -269,9 +269,11 @@ void vpci_irq_mask(struct vpci_irq *irq, uint32_t index, uint32_t start, uint32_
     pthread_mutex_unlock(&irq->lock);
 }
 
+/* A new eventfd hears of a line that is up, so INTx gets its edge again; on a level one edge too many is no harm. */
 void vpci_irq_armed(struct vpci_irq *irq)
 {
     pthread_mutex_lock(&irq->lock);
+    irq->intx_signalled = false;
     update_all(irq);
     pthread_mutex_unlock(&irq->lock);
 }

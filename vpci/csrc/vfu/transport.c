@@ -25,7 +25,8 @@ typedef struct vpci_dev vpci_dev;
 #include "../api/front.h"
 
 enum { ATTACH_IDLE, ATTACH_RUNNING, ATTACH_ENDED };
-enum { MESSAGES_A_TURN = 64, HEADER_BYTES = 16, LARGEST_MESSAGE = 65536, TYPE_MASK = 0xf, VERSION = 1 };
+enum { MESSAGES_A_TURN = 64, HEADER_BYTES = 16, LARGEST_MESSAGE = 65536, TYPE_MASK = 0xf };
+enum { VERSION = 1, SET_IRQS = 8 };   /* of the protocol's commands */
 enum { PERM_READ = 1, PERM_WRITE = 2 };   /* enum vpci_mem_perm */
 
 struct vpci_transport {
@@ -42,6 +43,7 @@ struct vpci_transport {
     bool loses_its_place;      /* it answers this one without reading all of it, and takes the rest for a header */
     bool listening;            /* epoll is asked for clients */
     bool triggers;             /* inside vfu_irq_trigger */
+    bool masks;                /* the message masked or unmasked; else a SET_IRQS may have armed something */
     uint16_t command;          /* of the message in execution */
 
     pthread_t attacher;
@@ -148,6 +150,7 @@ static void dma_unregister(vfu_ctx_t *ctx, vfu_dma_info_t *info)
     static void irq_state_##n(vfu_ctx_t *ctx, uint32_t start, uint32_t count, bool mask) \
     { \
         struct vpci_transport *t = vfu_get_private(ctx); \
+        t->masks = true; \
         t->core->mask(t->dev, n, start, count, mask); \
     }
 IRQ_STATE(0) IRQ_STATE(2)
@@ -232,16 +235,18 @@ static void drop(void *state);
 static void run(struct vpci_transport *t)
 {
     if (t->is_too_large && !t->dropped) {
-        t->core->refused(t->dev, t->command, "larger than the socket holds, which the library cannot receive; connection closed");
+        t->core->refused(t->dev, t->command, "too large for the library to receive as a whole; connection closed");
         drop(t);
     }
     if (t->dropped)
         discard(t->conn_fd);
+    t->masks = false;
     bool failed = vfu_run_ctx(t->ctx) < 0 && errno != ENOTCONN && errno != EBUSY;
     look_whether_gone(t);
     if (failed || t->loses_its_place)
         drop(t);
-    t->core->armed(t->dev);
+    if (t->command == SET_IRQS && !t->masks)
+        t->core->armed(t->dev);
 }
 
 /* Bring work to its end: before memory changes, before a reset, and when the connection is lost. */
@@ -266,7 +271,6 @@ static void at_rest(void *state)
     t->waits = false;
     vfu_device_quiesced(t->ctx, 0);
     look_whether_gone(t);
-    t->core->armed(t->dev);
 }
 
 /* ---- clients ---- */
