@@ -8,6 +8,7 @@ named there must fail on it, or are not run where they would only wait; so no li
 from __future__ import annotations
 
 import importlib.util
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ there must fail on libvfio-user, so a line goes when its reason goes. `python -m
 | what | own | libvfio-user | who is right |
 | --- | --- | --- | --- |
 """
+_CASE = re.compile(r"tests/hostile/test_\w+\.py::\w+\[([MC]\d+(?:\.\w+)*)-")
 LEFT_OUT = pytest.StashKey[int]()
 HAS_LIBRARY = importlib.util.find_spec("vpci._vfu") is not None
 
@@ -41,7 +43,8 @@ class Difference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a client sees: `own` and `library` are sentences, `right` says who is right and where that is written.
 
     `tests` fail on the library for this reason; `unsuited` would wait for what never comes, or ask for what only one
-    side has, and are not run there. Both are ids from tests/ on, a file, a test, or one parameter of it.
+    side has, and are not run there. Both are ids from tests/ on, a file, a test, or one parameter of it, or
+    the number of a hostile message or connection (M006, or M043.1 for one value of it).
     """
 
     id: str
@@ -76,8 +79,11 @@ def plain_id(item: pytest.Item) -> str:
 
 
 def is_in(name: str, ids: list[str]) -> bool:
-    """Whether a test's id is one of these, or belongs to a file or a test of them."""
-    return any(name == known or name.startswith((f"{known}::", f"{known}[")) for known in ids)
+    """Whether a test's id is one of these, or belongs to a file, a test or a hostile case of them."""
+    found = _CASE.search(name)
+    case = found[1] if found else name
+    in_file = any(name == known or name.startswith((f"{known}::", f"{known}[")) for known in ids)
+    return in_file or any(case == known or (found and case.startswith(f"{known}.")) for known in ids)
 
 
 def _differs(item: pytest.Item, kind: str) -> Difference | None:

@@ -39,7 +39,7 @@ struct vpci_transport {
     bool waits;                /* the library was told that the device is not at rest yet */
     bool closing;              /* and the core drops all work for it: the client is gone */
     bool dropped;              /* given up: nothing that it sent is executed any more */
-    bool is_too_large;         /* the message that waits: the library would wait for it, or take a part for the whole */
+    bool unfit;                /* the library would wait for this message, take a part for the whole, or leak its fds */
     bool loses_its_place;      /* it answers this one without reading all of it, and takes the rest for a header */
     bool listening;            /* epoll is asked for clients */
     bool triggers;             /* inside vfu_irq_trigger */
@@ -200,15 +200,16 @@ static bool message_waits(struct vpci_transport *t)
     ssize_t n = recv(t->conn_fd, &h, sizeof(h), MSG_PEEK | MSG_DONTWAIT);
     if (n < 0)
         return errno != EAGAIN && errno != EINTR;
-    uint32_t wanted = HEADER_BYTES;
-    t->loses_its_place = false;
-    if (n == HEADER_BYTES) {
-        t->command = h.command;
-        t->is_too_large = h.size > LARGEST_MESSAGE;
-        t->loses_its_place = h.size < HEADER_BYTES || (h.flags & TYPE_MASK && h.size > HEADER_BYTES);
-        wanted = t->loses_its_place || t->is_too_large ? HEADER_BYTES : h.size;
+    bool is_all = has(t->conn_fd, POLLRDHUP) || queued_bytes(t->conn_fd) >= HEADER_BYTES;
+    t->unfit = t->loses_its_place = false;
+    if (n < HEADER_BYTES) {
+        t->unfit = n > 0 && is_all;   /* cut where fds are, or by the end */
+        return n == 0 || is_all;
     }
-    return queued_bytes(t->conn_fd) >= (int)wanted || has(t->conn_fd, POLLRDHUP);
+    t->command = h.command;
+    t->unfit = h.size > LARGEST_MESSAGE;
+    t->loses_its_place = h.size < HEADER_BYTES || (h.flags & TYPE_MASK && h.size > HEADER_BYTES);
+    return t->unfit || t->loses_its_place || queued_bytes(t->conn_fd) >= (int)h.size || has(t->conn_fd, POLLRDHUP);
 }
 
 /* The end of the stream, for whoever reads next. */
@@ -234,8 +235,8 @@ static void drop(void *state);
 
 static void run(struct vpci_transport *t)
 {
-    if (t->is_too_large && !t->dropped) {
-        t->core->refused(t->dev, t->command, "too large for the library to receive as a whole; connection closed");
+    if (t->unfit && !t->dropped) {
+        t->core->refused(t->dev, t->command, "not to be received as a whole by the library; connection closed");
         drop(t);
     }
     if (t->dropped)
