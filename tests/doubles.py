@@ -23,6 +23,8 @@ START_S = 20
 BAR0, BAR1, CONFIG = 0, 1, 7
 INTX, MSIX = 0, 2
 SECTOR = 512
+#: --set options of every server that a test starts; a fixture fills it (served_by in tests/guest/conftest.py).
+ALWAYS: list[str] = []
 
 
 class Served:
@@ -32,7 +34,7 @@ class Served:
         self.config, self.cwd = config, cwd
         self.path = cwd / "dev.sock"
         self.log = cwd / "serve.log"
-        arguments = [item for pair in sets for item in ("--set", pair)]
+        arguments = [item for pair in (*ALWAYS, *sets) for item in ("--set", pair)]
         command = [sys.executable, "-m", "vpci", "serve", str(config), "--json", "--socket", str(self.path), *arguments]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=cwd, env=environment())

@@ -28,7 +28,7 @@ with it ([libvfio-user.md](libvfio-user.md)). The device behind them is one and 
 and their order. What differs is below, with who is right by the protocol document (QEMU's `docs/interop/vfio-user.rst`).
 Measured with libvfio-user of commit efd091b.
 
-The tests of the wire, hostile messages and guests run on both. This table is `tests/transports.toml`: a test named
+The tests of the wire, hostile messages, order and guests run on both. This table is `tests/transports.toml`: a test named
 there must fail on libvfio-user, so a line goes when its reason goes. `python -m tests.transports` writes this page.
 
 | what | own | libvfio-user | who is right |

@@ -53,9 +53,10 @@ static int unmap(vpci_dev *dev, uint64_t gpa, uint64_t size)
     return rc;
 }
 
-static int quiesce(vpci_dev *dev, int client_is_gone)
+static int quiesce(vpci_dev *dev, int drop, uint64_t gpa, uint64_t size)
 {
-    return pump_quiesce(dev, client_is_gone);
+    dev->unmap = (struct vfu_dma_unmap){.flags = size ? 0 : VFU_DMA_UNMAP_ALL, .addr = gpa, .size = size};
+    return pump_quiesce(dev, drop);
 }
 
 static void mask(vpci_dev *dev, uint32_t index, uint32_t start, uint32_t count, int masked)

@@ -307,9 +307,10 @@ static bool all_memory_is_free(const struct vpci_dev *dev)
 
 bool pump_unmap_is_ready(struct vpci_dev *dev)
 {
-    if (!(dev->unmap.flags & VFU_DMA_UNMAP_ALL))
-        return range_is_free(dev, vpci_mem_exact(dev->mem, dev->unmap.addr, dev->unmap.size));
-    return all_memory_is_free(dev);
+    if (dev->unmap.flags & VFU_DMA_UNMAP_ALL)
+        return all_memory_is_free(dev);
+    struct vpci_range *r = vpci_mem_exact(dev->mem, dev->unmap.addr, dev->unmap.size);
+    return !r || range_is_free(dev, r);
 }
 
 static bool op_is_ready(struct vpci_dev *dev)
@@ -317,7 +318,7 @@ static bool op_is_ready(struct vpci_dev *dev)
     switch (dev->op) {
     case OP_DRAIN: return is_at_rest(dev, !dev->held_by_bus_master);
     case OP_UNMAP: return pump_unmap_is_ready(dev);
-    case OP_QUIESCE: return all_memory_is_free(dev);
+    case OP_QUIESCE: return dev->drops ? is_at_rest(dev, false) : pump_unmap_is_ready(dev);
     case OP_CLOSING: return is_at_rest(dev, false);
     case OP_STOPPING: return all_memory_is_free(dev);
     default: return false;
@@ -344,7 +345,6 @@ static void finish_quiesce(struct vpci_dev *dev)
 /* The client's life is over and nothing of it is in flight: Python is told, and makes the function fresh. */
 static void finish_closing(struct vpci_dev *dev)
 {
-    dev->front->at_rest(dev->front_state);
     for (uint32_t i = 0; i < dev->n_queues; i++)
         effects_stop_queue(dev->queues[i]);
     vpci_mem_clear(dev->mem);
@@ -441,14 +441,16 @@ void pump_begin_closing(struct vpci_dev *dev)
     drop_all_work(dev);
 }
 
-bool pump_quiesce(struct vpci_dev *dev, bool client_is_gone)
+bool pump_quiesce(struct vpci_dev *dev, bool drop)
 {
-    if (client_is_gone)
+    dev->drops = drop;
+    if (drop)
         drop_all_work(dev);
+    pump_begin(dev, OP_QUIESCE);
+    bool rests = op_is_ready(dev);
+    if (rests)
+        pump_begin(dev, OP_NONE);
     publish_all(dev);   /* what was finished is shown while the ring may still be touched */
-    bool rests = client_is_gone ? is_at_rest(dev, false) : all_memory_is_free(dev);
-    if (!rests)
-        pump_begin(dev, client_is_gone ? OP_CLOSING : OP_QUIESCE);
     return rests;
 }
 

@@ -170,7 +170,7 @@ enum op {
     OP_PYTHON,     /* Python's answer */
     OP_DRAIN,      /* have the answer; the queues it stops have work in flight */
     OP_UNMAP,      /* work in flight on the memory to be unmapped */
-    OP_QUIESCE,    /* all work in flight: the front is about to change memory, or to reset */
+    OP_QUIESCE,    /* the same, for a front that will unmap it; or all work in flight, to be dropped */
     OP_CLOSING,    /* the client is gone; work in flight of its life */
     OP_STOPPING,   /* vpci_dev_stop */
     OP_ENDED
@@ -205,7 +205,8 @@ struct vpci_dev {
     bool op_cancelled, op_given_up;
     struct vfu_header request;         /* the header of the message in execution */
     struct order *answer;              /* OP_DRAIN */
-    struct vfu_dma_unmap unmap;        /* OP_UNMAP */
+    struct vfu_dma_unmap unmap;        /* OP_UNMAP, OP_QUIESCE */
+    bool drops;                        /* OP_QUIESCE */
     struct multi {                     /* a REGION_WRITE_MULTI in execution, one write after the other */
         struct vfu_header request;
         struct vfu_one_write *writes;
@@ -235,8 +236,9 @@ void pump_watch_for(struct vpci_dev *dev, int fd, uint32_t events);
 void pump_connected(struct vpci_dev *dev, uint32_t pid);
 void pump_turned_away(struct vpci_dev *dev, uint32_t pid);
 void pump_begin_closing(struct vpci_dev *dev);
-/* Bring all work to its end, or drop it. Returns whether it has ended; else the operation begins that waits for it. */
-bool pump_quiesce(struct vpci_dev *dev, bool client_is_gone);
+/* Bring the work that dev->unmap would wait for to its end, or drop all work. Returns whether it has ended; else the
+ * operation begins that waits for it. */
+bool pump_quiesce(struct vpci_dev *dev, bool drop);
 /* For a front that has to answer before it returns: turns without messages, until the operation is over. */
 void pump_wait(struct vpci_dev *dev);
 void pump_forget_eventfds(struct vpci_dev *dev);

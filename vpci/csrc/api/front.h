@@ -17,7 +17,7 @@ typedef struct vpci_front {
     void (*reply)(void *state, uint32_t error, const void *a, size_t a_len, const void *b, size_t b_len);
     /* Give the connection up now; what is under way is not answered. */
     void (*drop)(void *state);
-    /* What quiesce asked for, or the end of the connection: no work is in flight any more. */
+    /* What quiesce asked for: that work is not in flight any more. */
     void (*at_rest)(void *state);
     /* NULL: the core has the client's eventfds. Else signal vector's, or INTx's with 0; returns -1 when the client has
      * armed none. Only from the thread that has the queue. */
@@ -46,9 +46,9 @@ typedef struct vpci_core {
      * Before an unmap the device is at rest. Return 0 or -errno. */
     int (*map)(vpci_dev *dev, uint64_t gpa, uint64_t size, void *hva, uint32_t perm);
     int (*unmap)(vpci_dev *dev, uint64_t gpa, uint64_t size);
-    /* Bring all work to its end; that of a client that is gone leaves no trace. Returns 1 when it has ended; after 0
-     * at_rest tells it. */
-    int (*quiesce)(vpci_dev *dev, int client_is_gone);
+    /* Bring work to its end: that on a range and on rings in it; with size 0 all of it; to drop all of it leaves no trace
+     * of it. Returns 1 when it has ended; after 0 at_rest tells it. */
+    int (*quiesce)(vpci_dev *dev, int drop, uint64_t gpa, uint64_t size);
     /* SET_IRQS masked or unmasked [start, start + count) of an index (enum vfu_irq_index). */
     void (*mask)(vpci_dev *dev, uint32_t index, uint32_t start, uint32_t count, int masked);
     /* The client may have armed something: what is pending is triggered. */

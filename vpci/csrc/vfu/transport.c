@@ -26,7 +26,7 @@ typedef struct vpci_dev vpci_dev;
 
 enum { ATTACH_IDLE, ATTACH_RUNNING, ATTACH_ENDED };
 enum { MESSAGES_A_TURN = 64, HEADER_BYTES = 16, LARGEST_MESSAGE = 65536, TYPE_MASK = 0xf };
-enum { VERSION = 1, SET_IRQS = 8 };   /* of the protocol's commands */
+enum { VERSION = 1, DMA_MAP = 2, DMA_UNMAP = 3, SET_IRQS = 8, DEVICE_RESET = 13 };   /* of the protocol's commands */
 enum { PERM_READ = 1, PERM_WRITE = 2 };   /* enum vpci_mem_perm */
 
 struct vpci_transport {
@@ -37,14 +37,15 @@ struct vpci_transport {
     int conn_fd;               /* -1: no client */
     bool readable;             /* there may be a message now, and room for a reply: epoll tells of changes only */
     bool waits;                /* the library was told that the device is not at rest yet */
-    bool closing;              /* and the core drops all work for it: the client is gone */
     bool dropped;              /* given up: nothing that it sent is executed any more */
     bool unfit;                /* the library would wait for this message, take a part for the whole, or leak its fds */
     bool loses_its_place;      /* it answers this one without reading all of it, and takes the rest for a header */
     bool listening;            /* epoll is asked for clients */
     bool triggers;             /* inside vfu_irq_trigger */
+    bool has_asked;            /* the library has asked for rest while it executed the message */
     bool masks;                /* the message masked or unmasked; else a SET_IRQS may have armed something */
     uint16_t command;          /* of the message in execution */
+    uint64_t addr, size;       /* if it is an unmap: of one range; else 0 */
 
     pthread_t attacher;
     uint32_t attach;           /* atomic: ATTACH_RUNNING until the thread has its result */
@@ -175,11 +176,15 @@ static void say(vfu_ctx_t *ctx, int level, const char *text)
 
 /* ---- one message ---- */
 
-struct header {
+/* The header, and an unmap's payload. */
+struct start {
     uint16_t id, command;
     uint32_t size, flags, error;
+    uint32_t argsz, unmap_flags;
+    uint64_t unmap_addr, unmap_size;
 };
-_Static_assert(sizeof(struct header) == HEADER_BYTES, "struct header is not as the wire has it");
+_Static_assert(offsetof(struct start, argsz) == HEADER_BYTES, "struct start is not as the wire has it");
+_Static_assert(sizeof(struct start) == HEADER_BYTES + 24, "struct start is not as the wire has it");
 
 static int queued_bytes(int fd)
 {
@@ -196,7 +201,7 @@ static bool has(int fd, short event)
 /* Is there something that the library can deal with without waiting for more of it? */
 static bool message_waits(struct vpci_transport *t)
 {
-    struct header h;
+    struct start h = {0};
     ssize_t n = recv(t->conn_fd, &h, sizeof(h), MSG_PEEK | MSG_DONTWAIT);
     if (n < 0)
         return errno != EAGAIN && errno != EINTR;
@@ -206,7 +211,10 @@ static bool message_waits(struct vpci_transport *t)
         t->unfit = n > 0 && is_all;   /* cut where fds are, or by the end */
         return n == 0 || is_all;
     }
+    bool is_of_one = h.command == DMA_UNMAP && !h.unmap_flags;
     t->command = h.command;
+    t->addr = is_of_one ? h.unmap_addr : 0;
+    t->size = is_of_one ? h.unmap_size : 0;
     t->unfit = h.size > LARGEST_MESSAGE;
     t->loses_its_place = h.size < HEADER_BYTES || (h.flags & TYPE_MASK && h.size > HEADER_BYTES);
     return t->unfit || t->loses_its_place || queued_bytes(t->conn_fd) >= (int)h.size || has(t->conn_fd, POLLRDHUP);
@@ -226,9 +234,7 @@ static void look_whether_gone(struct vpci_transport *t)
     if (vfu_get_poll_fd(t->ctx) == t->conn_fd)
         return;
     t->conn_fd = -1;
-    if (!t->closing)
-        t->core->disconnected(t->dev);
-    t->closing = false;
+    t->core->disconnected(t->dev);
 }
 
 static void drop(void *state);
@@ -241,7 +247,7 @@ static void run(struct vpci_transport *t)
     }
     if (t->dropped)
         discard(t->conn_fd);
-    t->masks = false;
+    t->masks = t->has_asked = false;
     bool failed = vfu_run_ctx(t->ctx) < 0 && errno != ENOTCONN && errno != EBUSY;
     look_whether_gone(t);
     if (failed || t->loses_its_place)
@@ -250,18 +256,19 @@ static void run(struct vpci_transport *t)
         t->core->armed(t->dev);
 }
 
-/* Bring work to its end: before memory changes, before a reset, and when the connection is lost. */
+/* Bring work to its end, as the own front does for each message: for new memory none, for memory that goes the work on
+ * it, for a reset or a lost connection all, without a trace. */
 static int quiesce(vfu_ctx_t *ctx)
 {
     struct vpci_transport *t = vfu_get_private(ctx);
-    char byte;
-    bool is_gone = t->dropped || recv(t->conn_fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
-    if (t->core->quiesce(t->dev, is_gone))
+    bool is_for_message = t->command == DMA_MAP || t->command == DMA_UNMAP || t->command == DEVICE_RESET;
+    bool is_lost = t->dropped || t->has_asked || !is_for_message || has(t->conn_fd, POLLHUP);
+    t->has_asked = true;   /* once for the message; again when it cannot be answered */
+    if (!is_lost && t->command == DMA_MAP)
         return 0;
-    t->waits = true;
-    t->closing = is_gone;
+    t->waits = !t->core->quiesce(t->dev, is_lost || t->command == DEVICE_RESET, t->addr, t->size);
     errno = EBUSY;
-    return -1;
+    return t->waits ? -1 : 0;
 }
 
 static void at_rest(void *state)
