@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 
 import pytest
 
 from tests import transports
 from tests.hostile import speech, test_connections
 from tests.hostile.cases import load
+from vpci import cli
+from vpci.commands import serve
+from vpci.config import DeviceSection
+from vpci.errors import ConfigError
+from vpci.vfu.server import TRANSPORTS
 
 DIFFERENCES = transports.load()
 TOLD = {"messages.toml": speech.KEYS, "connections.toml": test_connections.KEYS}
@@ -41,3 +47,22 @@ def test_what_the_list_names_exists(name):
 def test_a_file_a_test_and_a_parameter_can_be_named(known):
     assert transports.is_in("tests/a.py::test_b[c]", [known])
     assert not transports.is_in("tests/a.py::test_bb[d]", ["tests/a.py::test_b", "tests/a"])
+
+
+def test_the_option_of_serve_stands_for_the_key():
+    args = cli.parser().parse_args(["serve", "x.toml", "--set", "blk.size=4096", "--transport", "libvfio-user"])
+    assert serve.sets_of(args) == ["blk.size=4096", "device.transport='libvfio-user'"]
+    assert serve.sets_of(cli.parser().parse_args(["serve", "x.toml"])) == []
+
+
+def test_every_transport_that_can_be_configured_can_be_made():
+    allowed = DeviceSection.__annotations__["transport"]
+    assert set(TRANSPORTS) == set(re.findall(r"[\w-]+", allowed.partition("Literal[")[2].partition("]")[0]))
+
+
+def test_a_build_without_the_library_says_who_tells_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vpci._vfu", None)
+    monkeypatch.delitem(sys.modules, "vpci.vfu.libvfio_user", raising=False)
+    with pytest.raises(ConfigError, match="vpci doctor") as error:
+        TRANSPORTS["libvfio-user"](str(tmp_path / "dev.sock"), None)
+    assert error.value.key == "device.transport"

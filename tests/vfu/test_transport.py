@@ -23,7 +23,7 @@ require()
 
 @pytest.fixture
 def library(tmp_path):
-    """A disk on libvfio-user, by the option of `vpci serve`."""
+    """A disk on libvfio-user."""
     with serving(blk_config(tmp_path), ["device.transport='libvfio-user'"], cwd=tmp_path) as server:
         yield server
 

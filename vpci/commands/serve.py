@@ -21,8 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. 0 when all work was finished and flushed."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread is made: all inherit it
     out = Output(args.json)
-    sets = [*args.sets, *([f'device.transport="{args.transport}"'] if args.transport else [])]
-    config = configuration.load(args.config, sets)
+    config = configuration.load(args.config, sets_of(args))
     server = make_server(config, args.socket, out)
     server.listen()
     out.event(
@@ -37,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     server.start()
     number = signal.sigwait(STOP_SIGNALS)
     return stop(server, out, signal.Signals(number).name)
+
+
+def sets_of(args: argparse.Namespace) -> list[str]:
+    """The --set options, with what --transport stands for behind them."""
+    return [*args.sets, *([f"device.transport={args.transport!r}"] if args.transport else [])]
 
 
 def make_server(config: Config, socket: str | None, out: Output) -> Server:

@@ -30,6 +30,8 @@ void pump_note(struct vpci_dev *dev, vpci_event note)
 
 void pump_begin(struct vpci_dev *dev, enum op op)
 {
+    if (dev->op == OP_ENDED)
+        return;   /* a front that was waiting may only find out now */
     dev->op = op;
     far_tell(dev);
     dev->op_since_ms = op == OP_NONE ? 0 : now_ms();

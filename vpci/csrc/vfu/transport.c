@@ -202,14 +202,16 @@ static bool has(int fd, short event)
 static bool message_waits(struct vpci_transport *t)
 {
     struct start h = {0};
+    /* In this order: what arrives in between is seen by the last. */
+    bool has_ended = has(t->conn_fd, POLLRDHUP);
+    int queued = queued_bytes(t->conn_fd);
     ssize_t n = recv(t->conn_fd, &h, sizeof(h), MSG_PEEK | MSG_DONTWAIT);
     if (n < 0)
         return errno != EAGAIN && errno != EINTR;
-    bool is_all = has(t->conn_fd, POLLRDHUP) || queued_bytes(t->conn_fd) >= HEADER_BYTES;
     t->unfit = t->loses_its_place = false;
     if (n < HEADER_BYTES) {
-        t->unfit = n > 0 && is_all;   /* cut where fds are, or by the end */
-        return n == 0 || is_all;
+        t->unfit = n > 0 && (has_ended || queued >= HEADER_BYTES);   /* cut by the end, or where fds are */
+        return n == 0 || t->unfit;
     }
     bool is_of_one = h.command == DMA_UNMAP && !h.unmap_flags;
     t->command = h.command;
@@ -217,7 +219,7 @@ static bool message_waits(struct vpci_transport *t)
     t->size = is_of_one ? h.unmap_size : 0;
     t->unfit = h.size > LARGEST_MESSAGE;
     t->loses_its_place = h.size < HEADER_BYTES || (h.flags & TYPE_MASK && h.size > HEADER_BYTES);
-    return t->unfit || t->loses_its_place || queued_bytes(t->conn_fd) >= (int)h.size || has(t->conn_fd, POLLRDHUP);
+    return t->unfit || t->loses_its_place || queued >= (int)h.size || has_ended;
 }
 
 /* The end of the stream, for whoever reads next. */
