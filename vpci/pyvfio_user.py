@@ -306,7 +306,7 @@ class Context:
         self._depth = 0
         self._failures: list[BaseException] = []
         self._callbacks = _Callbacks()
-        self._ranges: dict[int, DmaRange] = {}
+        self._ranges: dict[tuple[int, int], DmaRange] = {}  # by address and size: empty ones share an address
         self._fds: list[int] = []
         self._config_bytes = 0
         self._realized = self._attached = self._has_dma = self._has_migration = self._quiescing = False
@@ -377,11 +377,15 @@ class Context:
         A client that breaks the protocol loses its connection and is logged. An exception of a callback ends this, and
         so does EBUSY: a device that quiesces in its own time has a loop of its own around `run`.
         """
-        while self._wait(None, stop):
-            if not self._attached:
-                self._attach_next()
-            else:
+        ends = _fd(stop)
+        poll, served = self._poll(ends), self._attached
+        while all(fd != ends for fd, _ in poll.poll()):
+            if self._attached:
                 self._run_next()
+            else:
+                self._attach_next()
+            if served is not self._attached:  # the descriptor is another one now
+                poll, served = self._poll(ends), self._attached
 
     def _attach_next(self) -> None:
         try:
@@ -603,12 +607,13 @@ class Context:
             self._check("vfu_create_ioeventfd", region, own, *where, wanted=wanted)
 
     @contextlib.contextmanager
-    def _duplicated(self, fd: int | HasFileno | None) -> Iterator[int]:
+    def _duplicated(self, theirs: int | HasFileno | None) -> Iterator[int]:
         """A duplicate that `close` closes, or -1; closed at once when the block fails."""
+        fd = _fd(theirs)
         if fd is None:
             yield -1
             return
-        own = os.dup(fd if isinstance(fd, int) else fd.fileno())
+        own = os.dup(fd)
         try:
             yield own
         except BaseException:
@@ -689,7 +694,8 @@ class Context:
     @property
     def ranges(self) -> list[DmaRange]:
         """The guest memory that is there now, by address."""
-        return sorted(self._ranges.values(), key=lambda one: one.iova)
+        with self._lock:
+            return [self._ranges[key] for key in sorted(self._ranges)]
 
     def addr_to_sgl(self, address: int, size: int, *, write: bool = False) -> ScatterList:
         """The scatter list of `size` bytes at `address`: one entry per range. ENOENT: not all of it is there.
@@ -788,16 +794,17 @@ class Context:
                 raise first
             return result, error
 
-    def _wait(self, deadline: float | None, stop: int | HasFileno | None = None) -> bool:
-        """True when there is something to do for attach or run, False at the deadline or when `stop` is readable."""
+    def _wait(self, deadline: float | None) -> bool:
+        """True when there is something to do for attach or run, False at the deadline."""
+        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        return bool(self._poll(None).poll(left))
+
+    def _poll(self, ends: int | None) -> select.poll:
         poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        if stop is not None:
-            poll.register(stop, select.POLLIN)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = poll.poll(None if left is None else left * 1000)
-        ends = stop if stop is None or isinstance(stop, int) else stop.fileno()
-        return bool(ready) and ends not in {fd for fd, _ in ready}
+        for fd in (self.fileno(), ends):
+            if fd is not None:
+                poll.register(fd, select.POLLIN)
+        return poll
 
     # -- callbacks from the library ---------------------------------------------------------------------------
 
@@ -835,16 +842,15 @@ class Context:
 
     def _on_dma_register(self, info: Any) -> int:
         found = _range_of(info)
-        known = self._ranges.get(found.iova)
-        if known is None or known.size != found.size:  # a range may be given twice
-            self._ranges[found.iova] = known = found
+        known = self._ranges.setdefault((found.iova, found.size), found)  # a range may be given twice
         if self._callbacks.dma_register:
             self._callbacks.dma_register(known)
         return 0
 
     def _on_dma_unregister(self, info: Any) -> int:
         """The range is unmapped when this returns, so it is over whatever the device's callback does."""
-        found = self._ranges.pop(int(ffi.cast("uintptr_t", info.iova.iov_base)), None)
+        gone = _range_of(info)
+        found = self._ranges.pop((gone.iova, gone.size), None)
         if found is None:
             return 0
         try:
@@ -989,6 +995,10 @@ _RUN_WANTED = {
     errno.EBUSY: "device_quiesced: a message waits for the device to rest",
     errno.EINVAL: "realize first",
 }
+
+
+def _fd(of: int | HasFileno | None) -> int | None:
+    return of if of is None or isinstance(of, int) else of.fileno()
 
 
 def _direct(wanted: bool) -> int:

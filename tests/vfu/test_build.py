@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from setuptools import Distribution, Extension
 from setuptools.errors import SetupError
 
 import cffi_build
+from tests.doubles import environment
 from tests.vfu import fake
 from vpci.guest import doctor
 
@@ -101,33 +103,48 @@ def test_a_prefix_without_the_library_fails_the_build_and_is_named(monkeypatch, 
     assert f"error: VPCI_LIBVFIO_USER={prefix}: {prefix / missing} is missing" in done.stderr
 
 
-def built(folder: Path) -> Path:
-    """vpci._vfu alone, built below `folder`."""
-    command = build_command()
-    command.build_lib, command.build_temp = str(folder), str(folder / "temp")
-    command.ensure_finalized()
-    command.run()
-    (path,) = (folder / "vpci").glob("_vfu.*.so")
-    return path
-
-
-def test_what_fits_is_built_and_has_the_header_s_values(monkeypatch, tmp_path):
-    """Again with another library: the build of the first must not be taken for it."""
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
+    """prefix -> vpci._vfu built against it: two libraries, one after the other in the same build folder."""
+    folder = tmp_path_factory.mktemp("builds")
+    found = {}
     for minor in (77, 78):
-        prefix = fake.install(tmp_path / str(minor), fake.header({**fake.VALUES, "LIB_VFIO_USER_MINOR": minor}))
-        monkeypatch.setenv("VPCI_LIBVFIO_USER", str(prefix))
-        extension = built(tmp_path)
-        assert asked(extension, "lib.LIB_VFIO_USER_MINOR") == str(minor)
+        prefix = fake.install(folder / str(minor), fake.header({**fake.VALUES, "LIB_VFIO_USER_MINOR": minor}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VPCI_LIBVFIO_USER", str(prefix))
+            patch.chdir(cffi_build.ROOT)
+            command = build_command()
+            command.build_lib, command.build_temp = str(folder), str(folder / "temp")
+            command.ensure_finalized()
+            command.run()
+        (extension,) = (folder / "vpci").glob("_vfu.*.so")
+        found[prefix] = extension.rename(prefix / extension.name)
+        shutil.copy2(found[prefix], extension)
+    return found
+
+
+def test_what_fits_is_built_and_has_the_header_s_values(builds):
+    """The second time too: the build of the first must not be taken for it."""
+    for prefix, extension in builds.items():
+        assert asked(extension, "lib.LIB_VFIO_USER_MINOR") == prefix.name
         assert asked(extension, "lib.vfu_run_ctx(ffi.NULL)") == "0"
-        assert asked(extension, f"open('/proc/self/maps').read().count('{prefix}')") != "0"
+        assert asked(extension, f"open('/proc/self/maps').read().count('{prefix}/lib')") != "0"
 
 
-def asked(extension: Path, expression: str) -> str:
-    """What a fresh interpreter makes of an expression with `ffi` and `lib` of this extension."""
+def asked(extension: Path, expression: str, before: str = "") -> str:
+    """What a fresh interpreter makes of an expression with `ffi` and `lib` of this extension, which is vpci's there."""
     load = "spec = u.spec_from_file_location('vpci._vfu', sys.argv[1]); m = u.module_from_spec(spec)"
-    code = f"import sys, importlib.util as u; {load}; ffi, lib = m.ffi, m.lib; print({expression})"
-    command = [sys.executable, "-c", code, str(extension)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    code = f"import sys, importlib.util as u\n{load}; ffi, lib = m.ffi, m.lib; sys.modules['vpci._vfu'] = m\n{before}\n"
+    command = [sys.executable, "-c", f"{code}print({expression})", str(extension)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout.strip()
+
+
+def test_the_python_side_loads_on_it_and_tells_an_error(builds):
+    """All of it that can be seen without the library: the fake one makes no context."""
+    use = "import vpci.pyvfio_user as p\ntry: p.Context('/nowhere')\nexcept p.VfuError as e: said = e"
+    told = "vfu_create_ctx: a socket path that can be made, not '/nowhere'"
+    for extension in builds.values():
+        assert asked(extension, "f'{said.call}: {said.wanted}'", use) == told
 
 
 def test_a_function_that_the_header_lacks_is_named(misfit):

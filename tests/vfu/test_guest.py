@@ -141,6 +141,8 @@ def asked_for(relay: Relay, command: str, offset: int) -> set[int]:
 @pytest.mark.parametrize("share", [True, False], ids=["memfd", "plain"])
 def test_guest_memory_is_read_and_written_mapped_and_by_messages(tmp_path, share):
     with served(tmp_path) as device, Guest(sockets=[device.context.path], share=share) as guest:
+        bars = [int(line.split()[0], 16) for line in guest.check(f"cat {FUNCTION}/resource").text.splitlines()[:3]]
+        assert [bar > 0 for bar in bars] == [True, True, False]
         ram = next(one for one in device.context.ranges if one.iova <= LOW_RAM < one.end)
         assert ram.mapped is share
         assert ram.writable

@@ -376,6 +376,66 @@ def test_an_interrupt_on_the_first_line_of_a_callback_is_not_lost(context):
     thread.join(10)
 
 
+def test_an_exception_goes_to_the_context_whose_callback_raised_it(context, run, tmp_path):
+    """One device's callback closes another device, whose reset fails: close raises it, into the first's callback."""
+    other = Context(tmp_path / "other.sock")
+    other.pci_init()
+    other.setup_reset(lambda kind: {}["no such key"])
+    other.realize()
+    seen: list[str] = []
+
+    def write(offset: int, data: bytes) -> None:
+        try:
+            other.close()
+        except KeyError as error:
+            seen.append(repr(error))
+
+    with_region(context, write=write)
+    with run().client() as client:
+        client.region_write(BAR2, 0, b"x")
+    assert seen == ["KeyError('no such key')"]
+    assert other.closed
+
+
+def test_every_method_may_be_called_while_another_thread_serves(context, run):
+    """A worker triggers and uses guest memory while clients with memory and interrupts come and go."""
+    context.setup_dma()
+    running, over = run(), threading.Event()
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        while not over.is_set():
+            for act in (context.trigger, lambda: context.read(0, 64), lambda: context.write(0, bytes(64))):
+                try:
+                    act()
+                except VfuError as error:
+                    if error.errno not in (errno.ENOENT, errno.ESTALE):
+                        failed.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 4096)
+    for _ in range(30):
+        with running.client() as client:
+            client.dma_map(0, 4096, fd)
+            assert client.wait(client.irq_eventfd(0))
+            client.dma_unmap(0, 4096)
+            client.dma_map(0, 4096, fd)
+    os.close(fd)
+    over.set()
+    worker.join(10)
+    assert failed == []
+
+
+def test_serve_ends_for_anything_that_has_a_descriptor(context):
+    context.realize()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.close()
+        context.serve(ours)
+
+
 @pytest.mark.parametrize("data", [b"", b"123", b"12345"])
 def test_a_read_callback_with_the_wrong_number_of_bytes_is_a_fault_of_ours(context, run, data):
     with_region(context, read=lambda offset, count: data)

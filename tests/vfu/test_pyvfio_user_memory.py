@@ -285,6 +285,20 @@ def test_what_the_client_takes_away_is_refused_and_its_views_are_released(contex
     assert len(context.read(BASE, 8)) == 8
 
 
+def test_an_empty_range_at_the_same_address_hides_nothing(context, served, memory):
+    """The library takes ranges of no bytes: they are told apart from the real one, and so is its end."""
+    context.setup_dma()
+    client = served()
+    client.dma_map(BASE, 0)
+    memory.attach(client)
+    assert [one.size for one in context.ranges] == [0, 4 * PAGE]
+    sgl = context.addr_to_sgl(BASE, 8)
+    memory.detach(client)
+    assert [one.size for one in context.ranges] == [0]
+    library.fails(sgl.read, errno.ESTALE)
+    library.fails(lambda: context.read(BASE, 1), errno.ENOENT)
+
+
 def test_a_client_that_goes_takes_its_memory_along(context, served, memory):
     gone = threading.Event()
     context.setup_dma(unregister=lambda one: gone.set())
