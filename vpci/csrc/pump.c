@@ -59,7 +59,8 @@ void pump_kick(struct vpci_dev *dev, uint32_t queue_index)
     }
     q->kicks++;
     if (q->suspended)
-        vpci_ring_break(q, q->far_refused ? VPCI_RING_FAR_MEMORY : VPCI_RING_UNMAPPED, 0, (uint64_t)q->pfn << PAGE_SHIFT);
+        vpci_ring_break(q, q->far_refused ? VPCI_RING_FAR_MEMORY : VPCI_RING_UNMAPPED, 0,
+                        (uint64_t)q->pfn << PAGE_SHIFT);
     q->runnable = !q->broken;
 }
 

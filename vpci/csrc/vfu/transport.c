@@ -206,9 +206,10 @@ static bool message_waits(struct vpci_transport *t)
     bool has_ended = has(t->conn_fd, POLLRDHUP);
     int queued = queued_bytes(t->conn_fd);
     ssize_t n = recv(t->conn_fd, &h, sizeof(h), MSG_PEEK | MSG_DONTWAIT);
+    t->unfit = t->loses_its_place = false;
+    t->command = 0;   /* of none: what the library asks for then is not for a message */
     if (n < 0)
         return errno != EAGAIN && errno != EINTR;
-    t->unfit = t->loses_its_place = false;
     if (n < HEADER_BYTES) {
         t->unfit = n > 0 && (has_ended || queued >= HEADER_BYTES);   /* cut by the end, or where fds are */
         return n == 0 || t->unfit;
