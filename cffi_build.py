@@ -27,10 +27,10 @@ from setuptools.errors import SetupError
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("vpci/csrc")
 #: The border: each header needs those before it. cffi and the C compiler read the same text.
-API = ("wire", "mem", "ring", "irq", "engine", "dev", "disk", "blk", "drv")
+API = ("wire", "mem", "ring", "irq", "engine", "dev", "front", "disk", "blk", "drv")
 SOURCES = (
-    *("mem", "fault", "ring", "irq", "hot", "conn", "messages", "mailbox"),
-    *("far", "effects", "pump", "dev", "pool", "handoff", "disk", "file", "nbd", "blk", "drv"),
+    *("mem", "fault", "ring", "irq", "hot", "conn", "messages", "mailbox", "far", "effects"),
+    *("own", "front", "pump", "dev", "pool", "handoff", "disk", "file", "nbd", "blk", "drv"),
 )
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-fvisibility=hidden"]
 #: What cffi itself generates is not ours to make free of these.
@@ -38,8 +38,8 @@ CFFI_CFLAGS = ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno
 #: vpci._vfu: what it takes from libvfio-user, what Python defines for C, what C defines for Python; and its C files.
 VFU_LIBRARY_API = "vfu/libvfio_user"
 VFU_CALLBACKS = ("vfu/callbacks",)
-VFU_API = ("vfu/pyvfio_user",)
-VFU_SOURCES = ("vfu/pyvfio_user",)
+VFU_API = ("vfu/pyvfio_user", "vfu/transport")
+VFU_SOURCES = ("vfu/pyvfio_user", "vfu/transport")
 SYSTEM_TYPES = "struct iovec { void *iov_base; size_t iov_len; };\n"
 
 

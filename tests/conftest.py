@@ -14,21 +14,21 @@ from vpci.driver import BlkDriver, Device, Memory
 from vpci.vfu.client import Client
 
 # the plug-in has the name of its entry point, so that it is loaded once where it is installed
-pytest_plugins = ["tests.skipcheck", "vpci.testing.plugin"]
+pytest_plugins = ["tests.skipcheck", "tests.transports", "vpci.testing.plugin"]
 
 MEMORY_BYTES = 4 << 20
 
 
 @pytest.fixture(scope="session")
-def disk_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def disk_server(tmp_path_factory: pytest.TempPathFactory, transport: str) -> Iterator[Served]:
     """One disk of 1 MiB with the default dialect for the whole run: every new client finds a fresh function."""
     folder = tmp_path_factory.mktemp("disk")
-    with serving(blk_config(folder), cwd=folder) as server:
+    with serving(blk_config(folder), [f"device.transport={transport!r}"], cwd=folder) as server:
         yield server
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+def serve(tmp_path: Path, transport: str) -> Iterator[Callable[..., Served]]:
     """serve(set, ..., **blk_config's arguments): a server of its own; the n-th of a test lives in its own folder."""
     with ExitStack() as stack:
         count = iter(range(1000))
@@ -36,7 +36,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
         def start(*sets: str, **config: Any) -> Served:
             folder = tmp_path / f"served-{next(count)}"
             folder.mkdir()
-            return stack.enter_context(serving(blk_config(folder, **config), sets, cwd=folder))
+            served_by = [f"device.transport={transport!r}", *sets]
+            return stack.enter_context(serving(blk_config(folder, **config), served_by, cwd=folder))
 
         yield start
 

@@ -10,13 +10,22 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vpci.testing.served import Served as Served
+from vpci.testing import served
 from vpci.testing.served import environment as environment
 from vpci.vfu.client import Client, ServerError
 
 BAR0, BAR1, CONFIG = 0, 1, 7
 INTX, MSIX = 0, 2
 SECTOR = 512
+#: --set options of every server that a test starts; a fixture fills it (served_by in tests/guest/conftest.py).
+ALWAYS: list[str] = []
+
+
+class Served(served.Served):
+    """A server of the product's own test kit, with the options that every server of a test has."""
+
+    def __init__(self, config: Path, sets: Sequence[str] = (), *, cwd: Path) -> None:
+        super().__init__(config, [*ALWAYS, *sets], cwd=cwd)
 
 
 def blk_config(

@@ -45,6 +45,10 @@ _SOCKET: Argument = (
     "--socket",
     {"metavar": "PATH", "help": "the socket to listen on, instead of the one configuration's"},
 )
+_TRANSPORT: Argument = (
+    "--transport",
+    {"choices": ("own", "libvfio-user"), "help": "who speaks vfio-user, instead of what the configuration says"},
+)
 _JSON: Argument = (
     "--json",
     {"action": "store_true", "help": "print JSON: one object a line for events, one object for a result"},
@@ -63,7 +67,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     "serve": (
         "serve the devices until SIGINT or SIGTERM; one client at a time for each",
         "vpci serve configs/blk.toml --set blk.size=1G",
-        [_CONFIGS, _SOCKET, _SET, _JSON],
+        [_CONFIGS, _SOCKET, _TRANSPORT, _SET, _JSON],
     ),
     "guest": (
         "serve the devices and boot Linux with them in QEMU",

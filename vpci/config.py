@@ -47,6 +47,10 @@ class DeviceSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             description="The vfio-user socket, relative to the current directory. Absent: the model's name with .sock."
         ),
     ] = None
+    transport: Annotated[
+        Literal["own", "libvfio-user"],
+        Meta(description="Who speaks vfio-user: vpci itself, or the library, where vpci was built with it."),
+    ] = "own"
     allow_broken: Annotated[bool, Meta(description="Needed to start dialect patchv2-literal.")] = False
 
 

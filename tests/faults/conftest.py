@@ -16,7 +16,7 @@ NAME = "test_a_planted_fault_is_caught["
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     """One queue, served by a model in Python that holds its chains."""
-    with rigs(tmp_path, monkeypatch) as make:
+    with rigs(tmp_path, monkeypatch, "own") as make:
         yield make()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import doubles
 from tests.doubles import Served
 from vpci.guest import Guest, ProvisionError, ensure_kernel, ensure_qemu
 
@@ -52,6 +53,12 @@ class DiskGuest:
             counts = [int(word) for word in words[1:] if word.isdigit()]
             found[" ".join(words[1 + len(counts) :])] = sum(counts)
         return found
+
+
+@pytest.fixture
+def served_by(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every server of the test is reached through this transport."""
+    monkeypatch.setattr(doubles, "ALWAYS", [f"device.transport={transport!r}"])
 
 
 @pytest.fixture

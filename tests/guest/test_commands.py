@@ -41,8 +41,8 @@ def last_event(output: str) -> dict[str, object]:
     return found
 
 
-def test_the_demo_says_what_happened_and_ends_with_0(tmp_path: Path) -> None:
-    done = vpci("demo", "--json", cwd=tmp_path)
+def test_the_demo_says_what_happened_and_ends_with_0(tmp_path: Path, transport: str) -> None:
+    done = vpci("demo", "--json", "--set", f"device.transport={transport!r}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     demo = last_event(done.stdout)
     assert demo["event"] == "demo"

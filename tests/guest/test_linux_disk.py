@@ -11,6 +11,8 @@ from tests.doubles import Served, serving
 from tests.guest.conftest import DiskGuest
 from vpci.guest import Guest
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 CONFIG = """
 [device]
 model = "blk"

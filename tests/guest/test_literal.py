@@ -14,6 +14,8 @@ import pytest
 from tests.doubles import Served, serving
 from vpci.guest import Guest, ensure_kernel
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 CONFIG = '[device]\nmodel = "blk"\n[blk]\npath = "{image}"\n'
 SETS = {"patchv2-literal": ["device.dialect=patchv2-literal", "device.allow_broken=true"], "patchv2": []}
 HANG_S = 4  # how long nothing at all moves

@@ -16,6 +16,8 @@ from tests.doubles import Served, serving
 from tests.guest.conftest import MIB, DiskGuest
 from vpci.guest import Guest
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 CONFIG = '[device]\nmodel = "blk"\n[blk]\npath = "{image}"\n'
 AXES = {
     "kernel": ("6.1", "sid"),

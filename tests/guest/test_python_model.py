@@ -9,6 +9,8 @@ import pytest
 from tests.doubles import serving
 from vpci.guest import Guest
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 CONFIG = '[device]\nmodel = "tests.models.rng:RngModel"\n'
 SYSFS = "/sys/devices/virtual/misc/hw_random"
 

@@ -11,6 +11,8 @@ import pytest
 from tests.doubles import blk_config, serving
 from tests.guest.qtest import PortDevice, Qtest, qtest
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 DEVICE_FEATURES, GUEST_FEATURES, QUEUE_PFN, QUEUE_SIZE = 0, 4, 8, 12
 QUEUE_SELECT, QUEUE_NOTIFY, STATUS, ISR = 14, 16, 18, 19
 BIT31, BIT32 = 1 << 31, 1 << 32

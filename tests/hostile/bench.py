@@ -28,11 +28,11 @@ ID_BYTES = 20
 class Bench:
     """`serves` names the devices; check() is what must hold after every case."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, transport: str = "own") -> None:
         self.folder = folder
         self.log = folder / "served.log"
         # -P: not what lies in the current directory, but what we were told to test
-        command = [sys.executable, "-P", "-m", "tests.hostile.served", str(folder)]
+        command = [sys.executable, "-P", "-m", "tests.hostile.served", str(folder), transport]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(), text=True
@@ -173,13 +173,13 @@ def settle(client: Client) -> None:
 class Benches:
     """The one bench, made when it is first wanted and made anew after give_up(); `folder` gives a fresh folder."""
 
-    def __init__(self, folder: Callable[[], Path]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Callable[[], Path], transport: str) -> None:
+        self.folder, self.transport = folder, transport
         self.bench: Bench | None = None
 
     def get(self) -> Bench:
         if self.bench is None:
-            self.bench = Bench(self.folder())
+            self.bench = Bench(self.folder(), self.transport)
         return self.bench
 
     def give_up(self) -> None:

@@ -15,9 +15,9 @@ _KINDS = {"ring": "ring", "race": "race", "flood": "flood", "registers": "regist
 
 
 @pytest.fixture(scope="session")
-def benches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Benches]:
-    """One process with every target for the whole run; another one only after a case that broke it."""
-    made = Benches(lambda: tmp_path_factory.mktemp("hostile"))
+def benches(tmp_path_factory: pytest.TempPathFactory, transport: str) -> Iterator[Benches]:
+    """One process a transport with every target for the whole run; another one only after a case that broke it."""
+    made = Benches(lambda: tmp_path_factory.mktemp("hostile"), transport)
     yield made
     made.close()
 

@@ -1,4 +1,4 @@
-"""The process under attack: `python -m tests.hostile.served FOLDER` serves the targets and a neighbour.
+"""The process under attack: `python -m tests.hostile.served FOLDER TRANSPORT` serves the targets and a neighbour.
 
 It answers each line on stdin with a line of JSON about itself; its first line says that all devices listen. bench.py
 holds the other end.
@@ -42,7 +42,7 @@ msix_vectors = 3
 class Served:
     """One device and what it reported since it was last asked."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, transport: str) -> None:
         queue_size, max_sg = DEVICES[name]
         path = folder / f"{name}.toml"
         text = CONFIG.format(
@@ -53,7 +53,7 @@ class Served:
         (folder / f"{name}.img").write_bytes(bytes(n % 251 for n in range(512)) * (DISK_BYTES // 512))
         self._lock = threading.Lock()
         self._reports: list[Report] = []
-        self.server = Server(*make_function(loaded), loaded.socket, self._report)
+        self.server = Server(*make_function(loaded), loaded.socket, self._report, transport)
         self.server.start()
 
     def _report(self, report: Report) -> None:
@@ -81,8 +81,8 @@ def process() -> dict[str, int]:
     }
 
 
-def main(folder: Path) -> None:
-    devices = {name: Served(folder, name) for name in DEVICES}
+def main(folder: Path, transport: str) -> None:
+    devices = {name: Served(folder, name, transport) for name in DEVICES}
     print(json.dumps({"pid": os.getpid()}), flush=True)
     for line in sys.stdin:
         asked = line.strip()
@@ -92,4 +92,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -11,9 +11,9 @@ from tests.order.rig import MakeRig, Rig, rigs
 
 
 @pytest.fixture
-def make_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRig]:
+def make_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str) -> Iterator[MakeRig]:
     """make_rig(*sets, model="Gated", queues=1, deadlines=None): a connected Rig."""
-    with rigs(tmp_path, monkeypatch) as make:
+    with rigs(tmp_path, monkeypatch, transport) as make:
         yield make
 
 

@@ -45,13 +45,22 @@ queues = {queues}
 class Rig:
     """`RINGS` holds the rings and most buffers, `OTHER` is a second mapping for buffers alone."""
 
-    def __init__(self, folder: Path, *sets: str, model: str = "Gated", queues: int = 1, connect: bool = True) -> None:
-        path = folder / "gated.toml"
-        path.write_text(CONFIG_TEXT.format(model=model, queues=queues).replace("[gated]", f"[{_section(model)}]"))
-        self.function, self.registers, self.model = self._made(path, sets)
+    def __init__(
+        self,
+        folder: Path,
+        *sets: str,
+        model: str = "Gated",
+        queues: int = 1,
+        connect: bool = True,
+        transport: str = "own",
+    ) -> None:
+        made_from = folder / "gated.toml"
+        made_from.write_text(CONFIG_TEXT.format(model=model, queues=queues).replace("[gated]", f"[{_section(model)}]"))
+        self.function, self.registers, self.model = self._made(made_from, sets)
         self.reports: list[Report] = []
         self._told = threading.Condition()
-        self.server = Server(self.function, self.registers, self.model, str(folder / "order.sock"), self._report)
+        path = str(folder / "order.sock")
+        self.server = Server(self.function, self.registers, self.model, path, self._report, transport)
         self.server.start()
         self.memory = Memory(ranges=[RINGS, OTHER])
         self._clients: list[Client] = []
@@ -207,7 +216,7 @@ MakeRig = Callable[..., Rig]
 
 
 @contextlib.contextmanager
-def rigs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRig]:
+def rigs(folder: Path, monkeypatch: pytest.MonkeyPatch, transport: str) -> Iterator[MakeRig]:
     """make(*sets, model=, queues=, deadlines=(cancel_ms, close_ms)): rigs that are closed at the end, the last first."""
     with contextlib.ExitStack() as stack:
         count = iter(range(1000))
@@ -218,7 +227,7 @@ def rigs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRig]:
                 monkeypatch.setattr(server_module, "CLOSE_MS", deadlines[1])
             own = folder / f"rig-{next(count)}"
             own.mkdir()
-            rig = Rig(own, *sets, **more)
+            rig = Rig(own, *sets, transport=transport, **more)
             stack.callback(rig.close)
             return rig
 

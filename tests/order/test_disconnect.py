@@ -35,6 +35,20 @@ def test_nothing_is_written_to_a_ring_whose_client_is_gone(either):
     assert [either.client.drain(fd) for fd in either.device.vector_fds] == [0, 0, 0]
 
 
+def test_a_client_that_only_stops_sending_after_a_map_keeps_its_memory_until_its_work_has_ended(either):
+    """What came last needs nothing at rest; the end of the client does."""
+    either.start(queues=(0, 1))
+    either.hold(0, 3)
+    either.client.dma_map(0x800000, 4096, either.memory.fd, 0)
+    either.client.socket.shutdown(socket.SHUT_WR)
+    either.settle_pump()
+    assert not either.events("client_gone")
+    either.model.release()
+    either.wait_event("client_gone")
+    assert either.server.queue_stats()[0]["in_flight"] == 0
+    assert either.connect().device_info().num_regions == 9
+
+
 def test_the_next_client_finds_a_fresh_function_after_work_in_flight(either):
     either.start((1 << 31) | 1, msix=3, queues=(0, 1))
     either.hold(0, 3)

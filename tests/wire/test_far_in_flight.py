@@ -23,7 +23,7 @@ SIZE = 4096
 
 @pytest.fixture
 def make_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRig]:
-    with rigs(tmp_path, monkeypatch) as make:
+    with rigs(tmp_path, monkeypatch, "own") as make:
         yield make
 
 

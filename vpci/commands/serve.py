@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; SIGUSR1 tells the state. 0 when all work was finished and flushed."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # before any thread is made: all inherit it
     out = Output(args.json)
-    configs = configuration.load_all(args.config, args.sets)
+    configs = configuration.load_all(args.config, sets_of(args))
     if args.socket and len(configs) > 1:
         raise ConfigError("", "--socket", args.socket, "one CONFIG only, for a socket serves one device")
     servers: list[Server] = []
@@ -73,6 +73,11 @@ def _summary(state: dict[str, Any]) -> str:
     return f"device_status {' '.join(state['status']) or 0}; requests done: {', '.join(used)}"
 
 
+def sets_of(args: argparse.Namespace) -> list[str]:
+    """The --set options, with what --transport stands for behind them."""
+    return [*args.sets, *([f"device.transport={args.transport!r}"] if args.transport else [])]
+
+
 def make_server(config: Config, socket: str | None, out: Output, label: bool = False) -> Server:
     """A server for `config`, not started. `label`: its events begin with the socket's name, for there are others."""
     path = os.path.abspath(socket or config.socket)
@@ -83,7 +88,7 @@ def make_server(config: Config, socket: str | None, out: Output, label: bool = F
 
     function, device, model = make_function(config)
     try:
-        return Server(function, device, model, path, report)
+        return Server(function, device, model, path, report, config.device.transport)
     except BaseException:
         model.close()
         raise

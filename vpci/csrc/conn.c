@@ -9,10 +9,9 @@ void conn_init(struct conn *c)
     *c = (struct conn){.fd = -1};
 }
 
-void conn_open(struct conn *c, int fd, uint32_t pid)
+void conn_open(struct conn *c, int fd)
 {
     c->fd = fd;
-    c->pid = pid;
     c->versioned = c->hung_up = c->gone = false;
     c->rx_at = c->rx_end = c->tx_at = c->tx_end = 0;
     c->n_tx_fds = 0;

@@ -22,6 +22,7 @@
 #include "api/irq.h"
 #include "api/engine.h"
 #include "api/dev.h"
+#include "api/front.h"
 #include "api/disk.h"
 #include "api/blk.h"
 #include "api/drv.h"
@@ -49,6 +50,7 @@ struct vpci_range {
     uint64_t gpa;
     uint64_t size;
     uint8_t *hva;      /* NULL: cannot be mapped, only reached by messages */
+    bool borrowed;     /* it is not ours to unmap */
     uint32_t perm;
     uint32_t users;    /* pieces of chains in flight that point into it; counted by the queue's owner only */
 };
@@ -120,13 +122,14 @@ struct vpci_queue {
     struct chain *building;   /* the chain that pop is filling, for when it is left in the middle */
 
     /* far memory: the queue then runs on a thread that may block (far.c) */
-    const struct vpci_far_ops *far;
+    const struct vpci_far_ops *far;   /* NULL: far memory is refused */
     void *far_arg;
     uint8_t *shadow;          /* stands for the ring's far pages: words go through it one by one */
     uint8_t *block;           /* of a far indirect table */
     uint64_t block_gpa;
     uint32_t block_len;
     bool far_ring;            /* some page of the ring is far */
+    bool far_refused;         /* and nobody can reach it */
     bool needs_far;           /* the ring or a chain is far: the pump leaves the queue to the far thread */
     bool on_far_thread;       /* that thread is at work on it, perhaps waiting for the client */
     bool unwound;             /* an access was given up: what was begun has no effect and is to be tried again */
@@ -176,6 +179,10 @@ struct vpci_irq {
     uint32_t counts[VFU_IRQ_INDICES];
     uint32_t n_vectors;
     struct vpci_vector *vectors;
+    /* Who signals the client when its eventfds are not here: returns -1 when it has armed none. */
+    int (*trigger)(void *state, uint32_t vector);
+    void *trigger_state;
+    bool intx_signalled;     /* by trigger, for the level that INTx has now */
 };
 
 int vpci_irq_init(struct vpci_irq *irq, const uint32_t counts[VFU_IRQ_INDICES]);
@@ -190,6 +197,9 @@ void vpci_irq_set_msix(struct vpci_irq *irq, bool enabled, bool function_mask);
 void vpci_irq_set_intx_disable(struct vpci_irq *irq, bool disabled);
 void vpci_irq_entry_mask(struct vpci_irq *irq, uint32_t vector, bool masked);
 void vpci_irq_unmask_intx(struct vpci_irq *irq);
+/* SET_IRQS as a front with eventfds of its own tells of it. */
+void vpci_irq_mask(struct vpci_irq *irq, uint32_t index, uint32_t start, uint32_t count, bool masked);
+void vpci_irq_armed(struct vpci_irq *irq);
 bool vpci_is_eventfd(int fd);
 void vpci_irq_forget_client(struct vpci_irq *irq);
 /* One SET_IRQS message. Takes the fds it keeps by setting them to -1. Returns 0 or an errno. */

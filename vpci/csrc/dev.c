@@ -47,18 +47,35 @@ vpci_dev *vpci_dev_new(const vpci_dev_setup *setup)
     return dev;
 }
 
-int vpci_dev_start(vpci_dev *dev, int listen_fd)
+static int start(vpci_dev *dev, const vpci_front *front, void *state)
 {
-    int rc;
-    dev->listen_fd = listen_fd;
-    dev->accepting = true;
-    if ((rc = pump_watch(dev, listen_fd)) < 0 || (rc = pump_watch(dev, dev->box.wake_fd)) < 0)
+    dev->front = front;
+    dev->front_state = state;
+    int rc = pump_watch(dev, dev->box.wake_fd);
+    if (rc < 0)
         return rc;
     /* Python's first table was posted before the start, and the thread takes it in its first turn. */
     mailbox_wake(&dev->box);
     rc = vpci_thread_start(&dev->thread, pump_run, dev, "vpci-pump");
     dev->thread_started = rc == 0;
     return rc;
+}
+
+int vpci_dev_start(vpci_dev *dev, int listen_fd)
+{
+    dev->listen_fd = listen_fd;
+    dev->accepting = true;
+    int rc = pump_watch(dev, listen_fd);
+    return rc < 0 ? rc : start(dev, &own_front, dev);
+}
+
+int vpci_dev_start_front(vpci_dev *dev, const vpci_front *front, void *state)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        dev->queues[i]->far = NULL;
+    dev->irq.trigger = front->trigger;
+    dev->irq.trigger_state = state;
+    return start(dev, front, state);
 }
 
 void vpci_dev_free(vpci_dev *dev)

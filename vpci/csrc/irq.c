@@ -49,32 +49,49 @@ bool vpci_is_eventfd(int fd)
     return n <= 0 || strstr(name, "[eventfd]");   /* without /proc the client is believed */
 }
 
+/* Signal the client: by its eventfd, or by who has it. Returns false when the client has armed none. */
+static bool signal_client(struct vpci_irq *irq, int fd, uint32_t vector)
+{
+    if (irq->trigger)
+        return irq->trigger(irq->trigger_state, vector) == 0;
+    if (fd >= 0)
+        fire(fd);
+    return fd >= 0;
+}
+
 static bool intx_level(const struct vpci_irq *irq)
 {
     return !irq->msix && !irq->intx_disabled && __atomic_load_n(&irq->isr, __ATOMIC_SEQ_CST);
 }
 
-/* INTx is a level and travels as an edge: one edge, then masked until the client has seen to it. */
+/* INTx is a level and travels as an edge: one edge, then masked until the client has seen to it. A front with eventfds
+ * of its own does not announce that mask, so there it is one edge each time that the level rises. */
 static void intx_update(struct vpci_irq *irq)
 {
-    if (!intx_level(irq) || irq->intx_masked || irq->intx_fd < 0)
+    irq->intx_signalled &= intx_level(irq);
+    if (!intx_level(irq) || irq->intx_masked || irq->intx_signalled || !signal_client(irq, irq->intx_fd, 0))
         return;
-    irq->intx_masked = true;
-    fire(irq->intx_fd);
+    irq->intx_masked = !irq->trigger;
+    irq->intx_signalled = irq->trigger;
 }
 
 static void vector_update(struct vpci_irq *irq, struct vpci_vector *v)
 {
-    if (!v->pending || !irq->msix || irq->function_mask || v->masked || v->entry_masked || v->fd < 0)
+    if (!v->pending || !irq->msix || irq->function_mask || v->masked || v->entry_masked)
         return;
-    v->pending = false;
-    fire(v->fd);
+    v->pending = !signal_client(irq, v->fd, (uint32_t)(v - irq->vectors));
 }
 
 static void vectors_update(struct vpci_irq *irq)
 {
     for (uint32_t i = 0; i < irq->n_vectors; i++)
         vector_update(irq, &irq->vectors[i]);
+}
+
+static void update_all(struct vpci_irq *irq)
+{
+    intx_update(irq);
+    vectors_update(irq);
 }
 
 bool vpci_irq_raise(struct vpci_irq *irq, uint16_t vector, uint32_t isr_bit)
@@ -96,6 +113,8 @@ bool vpci_irq_raise(struct vpci_irq *irq, uint16_t vector, uint32_t isr_bit)
 
 uint32_t vpci_irq_read_isr(struct vpci_irq *irq)
 {
+    if (irq->trigger)
+        irq->intx_signalled = false;   /* the level falls; all of this is then on the pump's thread */
     return __atomic_exchange_n(&irq->isr, 0, __ATOMIC_SEQ_CST);
 }
 
@@ -223,7 +242,7 @@ static int set_unmask_fd(struct vpci_irq *irq, const struct request *r)
 void vpci_irq_unmask_intx(struct vpci_irq *irq)
 {
     pthread_mutex_lock(&irq->lock);
-    irq->intx_masked = false;
+    irq->intx_masked = irq->intx_signalled = false;
     intx_update(irq);
     pthread_mutex_unlock(&irq->lock);
 }
@@ -236,9 +255,27 @@ static int mask(struct vpci_irq *irq, const struct request *r)
     for (uint32_t n = 0; n < r->count; n++)
         if (selected(r, n))
             set_mask(irq, r->index, r->start + n, masked);
-    intx_update(irq);
-    vectors_update(irq);
+    update_all(irq);
     return 0;
+}
+
+void vpci_irq_mask(struct vpci_irq *irq, uint32_t index, uint32_t start, uint32_t count, bool masked)
+{
+    pthread_mutex_lock(&irq->lock);
+    for (uint32_t i = start; i < start + count && i < irq->counts[index]; i++)
+        set_mask(irq, index, i, masked);
+    irq->intx_signalled &= masked || index != VFU_IRQ_INTX;
+    update_all(irq);
+    pthread_mutex_unlock(&irq->lock);
+}
+
+/* A new eventfd hears of a line that is up, so INTx gets its edge again; on a level one edge too many is no harm. */
+void vpci_irq_armed(struct vpci_irq *irq)
+{
+    pthread_mutex_lock(&irq->lock);
+    irq->intx_signalled = false;
+    update_all(irq);
+    pthread_mutex_unlock(&irq->lock);
 }
 
 /* Trigger, no data, count 0: the client wants nothing of this index any more. */

@@ -45,7 +45,7 @@ vpci_mem *vpci_mem_new(void)
 
 static void range_free(struct vpci_range *r)
 {
-    if (r->hva)
+    if (r->hva && !r->borrowed)
         munmap(r->hva, r->size);
     free(r);
 }
@@ -197,6 +197,20 @@ static int map_fd(struct vpci_range *r, int fd, uint64_t offset)
     return 0;
 }
 
+static struct vpci_range *range_new(uint64_t gpa, uint64_t size, uint32_t perm)
+{
+    struct vpci_range *r = calloc(1, sizeof(*r));
+    if (r)
+        *r = (struct vpci_range){.gpa = gpa, .size = size, .perm = perm};
+    return r;
+}
+
+static void guard(vpci_mem *mem)
+{
+    mem->may_fault = true;
+    vpci_guard_install();
+}
+
 int vpci_mem_map(vpci_mem *mem, uint64_t gpa, uint64_t size, int fd, uint64_t offset, uint32_t perm)
 {
     int rc = check_span(mem, gpa, size, offset, perm);
@@ -207,16 +221,28 @@ int vpci_mem_map(vpci_mem *mem, uint64_t gpa, uint64_t size, int fd, uint64_t of
     int can = mappable(fd, offset, size);
     if (can < 0)
         return can;
-    struct vpci_range *r = calloc(1, sizeof(*r));
+    struct vpci_range *r = range_new(gpa, size, perm);
     if (!r)
         return -ENOMEM;
-    *r = (struct vpci_range){.gpa = gpa, .size = size, .perm = perm};
     if ((can && (rc = map_fd(r, fd, offset)) < 0) || (rc = insert(mem, r)) < 0)
         range_free(r);
-    else if (can && !is_safe && !mem->may_fault) {
-        mem->may_fault = true;
-        vpci_guard_install();
-    }
+    else if (can && !is_safe)
+        guard(mem);
+    return rc;
+}
+
+int vpci_mem_borrow(vpci_mem *mem, uint64_t gpa, uint64_t size, void *hva, uint32_t perm)
+{
+    int rc = check_span(mem, gpa, size, 0, perm);
+    struct vpci_range *r = rc < 0 ? NULL : range_new(gpa, size, perm);
+    if (!r)
+        return rc < 0 ? rc : -ENOMEM;
+    r->hva = hva;
+    r->borrowed = true;
+    if ((rc = insert(mem, r)) < 0)
+        range_free(r);
+    else if (hva)
+        guard(mem);
     return rc;
 }
 

@@ -8,10 +8,7 @@ void reply(struct vpci_dev *dev, uint32_t error, const void *a, size_t a_len, co
 {
     if (dev->multi.n && !dev->multi.error)
         dev->multi.error = error;
-    if (!conn_reply(&dev->conn, &dev->request, error, a, a_len, b, b_len)) {
-        pump_note(dev, (vpci_event){.note = VPCI_NOTE_PROTOCOL, .a = VPCI_WHY_MEMORY});
-        dev->conn.gone = true;
-    }
+    dev->front->reply(dev->front_state, error, a, a_len, b, b_len);
 }
 
 static void succeed(struct vpci_dev *dev, const void *payload, size_t len)
@@ -28,20 +25,36 @@ static void refuse(struct vpci_dev *dev, uint32_t error, enum vpci_refusal why, 
 
 /* ---- messages that Python answers ---- */
 
-static void to_python(struct vpci_dev *dev, struct message *m)
+/* The request in execution, with its payload in two parts. */
+static void ask_python(struct vpci_dev *dev, const void *a, uint32_t a_len, const void *b, uint32_t b_len)
 {
     free(dev->python_data);
-    dev->python_data = malloc(m->len ? m->len : 1);
+    dev->python_data = malloc((size_t)a_len + b_len + 1);
     if (!dev->python_data) {
-        refuse(dev, ENOMEM, VPCI_WHY_MEMORY, m->len);
+        refuse(dev, ENOMEM, VPCI_WHY_MEMORY, a_len + b_len);
         return;
     }
-    memcpy(dev->python_data, m->data, m->len);
+    if (a_len)
+        memcpy(dev->python_data, a, a_len);
+    if (b_len)
+        memcpy(dev->python_data + a_len, b, b_len);
     dev->stats.cold++;
     pump_begin(dev, OP_PYTHON);
     mailbox_message(&dev->box, &(vpci_event){
-        .kind = VPCI_EVENT_MESSAGE, .command = m->h.command, .flags = m->h.flags, .data = dev->python_data,
-        .len = m->len, .pid = dev->conn.pid});
+        .kind = VPCI_EVENT_MESSAGE, .command = dev->request.command, .flags = dev->request.flags,
+        .data = dev->python_data, .len = a_len + b_len, .pid = dev->stats.client_pid});
+}
+
+static void to_python(struct vpci_dev *dev, struct message *m)
+{
+    ask_python(dev, m->data, m->len, NULL, 0);
+}
+
+void message_reset(struct vpci_dev *dev)
+{
+    dev->request = (struct vfu_header){.command = VFU_DEVICE_RESET};
+    dev->stats.messages++;
+    ask_python(dev, NULL, 0, NULL, 0);
 }
 
 /* ---- registers ---- */
@@ -52,59 +65,80 @@ static bool in_region(const struct vpci_dev *dev, const struct vfu_region_access
     return size && a->offset <= size && a->count <= size - a->offset && a->count <= VFU_MAX_DATA;
 }
 
-/* The access of a read or a write message, if it lies within its region. */
-static bool get_access(struct vpci_dev *dev, const struct message *m, struct vfu_region_access *a)
+/* An access that is not inside its region is refused here. */
+static bool check_access(struct vpci_dev *dev, const struct vfu_region_access *a)
 {
-    memcpy(a, m->data, sizeof(*a));
     if (in_region(dev, a))
         return true;
     refuse(dev, EINVAL, VPCI_WHY_REGION, (uint64_t)a->region << 56 | (a->offset & ((1ull << 56) - 1)));
     return false;
 }
 
+static void read_region(struct vpci_dev *dev, const struct vfu_region_access *a)
+{
+    uint8_t data[VFU_MAX_BAR0];
+    if (a->region != VFU_REGION_BAR0) {
+        ask_python(dev, a, sizeof(*a), NULL, 0);
+        return;
+    }
+    uint32_t off = (uint32_t)a->offset;
+    uint32_t isr = hot_covers_isr(&dev->hot, off, a->count) ? vpci_irq_read_isr(&dev->irq) : 0;
+    hot_read(&dev->hot, off, a->count, isr, data);
+    dev->stats.hot++;
+    reply(dev, 0, a, sizeof(*a), data, a->count);
+}
+
+static void kick(struct vpci_dev *dev, const struct vfu_region_access *a, const uint8_t *data)
+{
+    uint64_t value = 0;
+    memcpy(&value, data, a->count);
+    hot_set_notify(&dev->hot, (uint16_t)value);
+    pump_kick(dev, (uint32_t)value);
+}
+
+static void write_region(struct vpci_dev *dev, const struct vfu_region_access *a, const uint8_t *data)
+{
+    bool is_kick = a->region == VFU_REGION_BAR0 && hot_is_kick(&dev->hot, (uint32_t)a->offset, a->count);
+    if (!is_kick && a->count) {
+        ask_python(dev, a, sizeof(*a), data, a->count);
+        return;
+    }
+    if (is_kick)
+        kick(dev, a, data);
+    dev->stats.hot++;
+    succeed(dev, a, sizeof(*a));
+}
+
+void message_access(struct vpci_dev *dev, const struct vfu_region_access *a, const uint8_t *data)
+{
+    dev->request = (struct vfu_header){.command = data ? VFU_REGION_WRITE : VFU_REGION_READ};
+    dev->stats.messages++;
+    if (!check_access(dev, a))
+        return;
+    if (data)
+        write_region(dev, a, data);
+    else
+        read_region(dev, a);
+}
+
 static void region_read(struct vpci_dev *dev, struct message *m)
 {
     struct vfu_region_access a;
-    uint8_t data[VFU_MAX_BAR0];
-    if (!get_access(dev, m, &a))
-        return;
-    if (a.region != VFU_REGION_BAR0) {
-        to_python(dev, m);
-        return;
-    }
-    uint32_t off = (uint32_t)a.offset;
-    uint32_t isr = hot_covers_isr(&dev->hot, off, a.count) ? vpci_irq_read_isr(&dev->irq) : 0;
-    hot_read(&dev->hot, off, a.count, isr, data);
-    dev->stats.hot++;
-    reply(dev, 0, &a, sizeof(a), data, a.count);
-}
-
-static void kick(struct vpci_dev *dev, const struct message *m, const struct vfu_region_access *a)
-{
-    uint64_t value = 0;
-    memcpy(&value, m->data + sizeof(*a), a->count);
-    hot_set_notify(&dev->hot, (uint16_t)value);
-    pump_kick(dev, (uint32_t)value);
+    memcpy(&a, m->data, sizeof(a));
+    if (check_access(dev, &a))
+        read_region(dev, &a);
 }
 
 static void region_write(struct vpci_dev *dev, struct message *m)
 {
     struct vfu_region_access a;
-    if (!get_access(dev, m, &a))
+    memcpy(&a, m->data, sizeof(a));
+    if (!check_access(dev, &a))
         return;
-    if (m->len - sizeof(a) != a.count) {
+    if (m->len - sizeof(a) != a.count)
         refuse(dev, EINVAL, VPCI_WHY_SHORT, sizeof(a) + (uint64_t)a.count);
-        return;
-    }
-    bool is_kick = a.region == VFU_REGION_BAR0 && hot_is_kick(&dev->hot, (uint32_t)a.offset, a.count);
-    if (!is_kick && a.count) {
-        to_python(dev, m);
-        return;
-    }
-    if (is_kick)
-        kick(dev, m, &a);
-    dev->stats.hot++;
-    succeed(dev, &a, sizeof(a));
+    else
+        write_region(dev, &a, m->data + sizeof(a));
 }
 
 /* ---- memory ---- */

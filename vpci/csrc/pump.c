@@ -1,13 +1,11 @@
-/* The pump: the thread that owns a device. It sleeps in epoll; awake it reads the socket, executes messages in arrival
- * order, sends the replies, and only then looks at the rings ("reply first, work second"). It never waits for a
- * backend or for Python: what must wait is an operation (enum op), and the loop goes on.
- * Work goes down to messages.c and to the engines; finished chains come back through mailbox.c. */
+/* The pump: the thread that owns a device. It sleeps in epoll; awake it lets its front (own.c, or one of another module)
+ * execute messages in arrival order and send the replies, and only then looks at the rings ("reply first, work second").
+ * It never waits for a backend or for Python: what must wait is an operation (enum op), and the loop goes on.
+ * Work goes down to the front and to the engines; finished chains come back through mailbox.c. */
 #include "pump.h"
 
-#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/socket.h>
 #include <time.h>
 
 enum { MAX_CHAINS_A_LOOK = 64, MAX_BYTES_A_LOOK = 1 << 20, MAX_NS_A_LOOK = 200000, MAX_EVENTS = 8 };
@@ -26,12 +24,14 @@ static uint64_t now_ms(void)
 
 void pump_note(struct vpci_dev *dev, vpci_event note)
 {
-    note.pid = dev->conn.pid;
+    note.pid = dev->stats.client_pid;
     mailbox_note(&dev->box, &note);
 }
 
 void pump_begin(struct vpci_dev *dev, enum op op)
 {
+    if (dev->op == OP_ENDED)
+        return;   /* a front that was waiting may only find out now */
     dev->op = op;
     far_tell(dev);
     dev->op_since_ms = op == OP_NONE ? 0 : now_ms();
@@ -59,7 +59,8 @@ void pump_kick(struct vpci_dev *dev, uint32_t queue_index)
     }
     q->kicks++;
     if (q->suspended)
-        vpci_ring_break(q, VPCI_RING_UNMAPPED, 0, (uint64_t)q->pfn << PAGE_SHIFT);
+        vpci_ring_break(q, q->far_refused ? VPCI_RING_FAR_MEMORY : VPCI_RING_UNMAPPED, 0,
+                        (uint64_t)q->pfn << PAGE_SHIFT);
     q->runnable = !q->broken;
 }
 
@@ -103,8 +104,7 @@ static void publish(struct vpci_dev *dev, vpci_queue *q)
 
 bool pump_may_fetch(const struct vpci_dev *dev, const vpci_queue *q)
 {
-    return q->runnable && !q->draining && !dev->held_by_bus_master && dev->op != OP_UNMAP && dev->op != OP_CLOSING &&
-           dev->op != OP_STOPPING && dev->op != OP_ENDED;
+    return q->runnable && !q->draining && !dev->held_by_bus_master && dev->op != OP_UNMAP && dev->op < OP_QUIESCE;
 }
 
 /* Fetch until the ring is empty or the look is over. Returns true when it is empty (or can give nothing now). */
@@ -225,6 +225,13 @@ int pump_watch(vpci_dev *dev, int fd)
     return epoll_ctl(dev->epoll_fd, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
 }
 
+void pump_watch_for(vpci_dev *dev, int fd, uint32_t events)
+{
+    struct epoll_event ev = {.events = events, .data.fd = fd};
+    if (epoll_ctl(dev->epoll_fd, EPOLL_CTL_MOD, fd, &ev) < 0 && errno == ENOENT)
+        epoll_ctl(dev->epoll_fd, EPOLL_CTL_ADD, fd, &ev);
+}
+
 void pump_watch_kick(struct vpci_dev *dev, vpci_queue *q)
 {
     q->kick_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -303,9 +310,10 @@ static bool all_memory_is_free(const struct vpci_dev *dev)
 
 bool pump_unmap_is_ready(struct vpci_dev *dev)
 {
-    if (!(dev->unmap.flags & VFU_DMA_UNMAP_ALL))
-        return range_is_free(dev, vpci_mem_exact(dev->mem, dev->unmap.addr, dev->unmap.size));
-    return all_memory_is_free(dev);
+    if (dev->unmap.flags & VFU_DMA_UNMAP_ALL)
+        return all_memory_is_free(dev);
+    struct vpci_range *r = vpci_mem_exact(dev->mem, dev->unmap.addr, dev->unmap.size);
+    return !r || range_is_free(dev, r);
 }
 
 static bool op_is_ready(struct vpci_dev *dev)
@@ -313,6 +321,7 @@ static bool op_is_ready(struct vpci_dev *dev)
     switch (dev->op) {
     case OP_DRAIN: return is_at_rest(dev, !dev->held_by_bus_master);
     case OP_UNMAP: return pump_unmap_is_ready(dev);
+    case OP_QUIESCE: return dev->drops ? is_at_rest(dev, false) : pump_unmap_is_ready(dev);
     case OP_CLOSING: return is_at_rest(dev, false);
     case OP_STOPPING: return all_memory_is_free(dev);
     default: return false;
@@ -330,6 +339,12 @@ static void finish_drain(struct vpci_dev *dev)
     order_free(o);
 }
 
+static void finish_quiesce(struct vpci_dev *dev)
+{
+    pump_begin(dev, OP_NONE);
+    dev->front->at_rest(dev->front_state);
+}
+
 /* The client's life is over and nothing of it is in flight: Python is told, and makes the function fresh. */
 static void finish_closing(struct vpci_dev *dev)
 {
@@ -339,15 +354,14 @@ static void finish_closing(struct vpci_dev *dev)
     pump_forget_eventfds(dev);
     dev->request = (struct vfu_header){.flags = VFU_F_NO_REPLY};
     pump_begin(dev, OP_PYTHON);
-    mailbox_message(&dev->box, &(vpci_event){.kind = VPCI_EVENT_CLIENT_GONE, .pid = dev->conn.pid});
-    dev->conn.pid = 0;
+    mailbox_message(&dev->box, &(vpci_event){.kind = VPCI_EVENT_CLIENT_GONE, .pid = dev->stats.client_pid});
     dev->stats.client_pid = 0;
 }
 
 /* Used entries that only the client could take are dropped: its guest loses the device now. */
 static void finish_stopping(struct vpci_dev *dev)
 {
-    conn_close(&dev->conn);
+    dev->front->drop(dev->front_state);
     for (uint32_t i = 0; i < dev->n_queues; i++)
         dev->queues[i]->draining = true;
     far_drop(dev);
@@ -357,7 +371,7 @@ static void finish_stopping(struct vpci_dev *dev)
 static void op_finish(struct vpci_dev *dev)
 {
     static void (*const finish[])(struct vpci_dev *) = {
-        [OP_DRAIN] = finish_drain, [OP_UNMAP] = message_finish_unmap,
+        [OP_DRAIN] = finish_drain, [OP_UNMAP] = message_finish_unmap, [OP_QUIESCE] = finish_quiesce,
         [OP_CLOSING] = finish_closing, [OP_STOPPING] = finish_stopping,
     };
     publish_all(dev);   /* what was finished is shown while the ring may still be touched */
@@ -381,8 +395,7 @@ static void give_up(struct vpci_dev *dev)
 {
     dev->op_given_up = true;
     pump_note(dev, (vpci_event){.note = VPCI_NOTE_STUCK, .a = in_flight(dev, false)});
-    conn_close(&dev->conn);
-    dev->conn.gone = dev->op != OP_CLOSING;
+    dev->front->drop(dev->front_state);
     if (dev->op == OP_STOPPING)
         finish_stopping(dev);
 }
@@ -403,129 +416,54 @@ static void watch_the_clock(struct vpci_dev *dev)
         give_up(dev);
 }
 
-/* ---- the connection ---- */
+/* ---- clients, as the front tells of them ---- */
 
-static uint32_t peer_pid(int fd)
+void pump_connected(struct vpci_dev *dev, uint32_t pid)
 {
-    struct ucred cred = {0};
-    socklen_t len = sizeof(cred);
-    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len);
-    return (uint32_t)cred.pid;
+    dev->stats.clients++;
+    dev->stats.client_pid = pid;
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_CLIENT, .a = pid});
 }
 
-static void refuse_client(struct vpci_dev *dev, int fd)
+void pump_turned_away(struct vpci_dev *dev, uint32_t pid)
 {
     dev->stats.refused_clients++;
-    pump_note(dev, (vpci_event){.note = VPCI_NOTE_REFUSED, .a = peer_pid(fd), .b = dev->conn.pid});
-    close(fd);
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_REFUSED, .a = pid, .b = dev->stats.client_pid});
 }
 
-static bool has_hung_up(int fd)
+static void drop_all_work(struct vpci_dev *dev)
 {
-    struct pollfd p = {.fd = fd};
-    return poll(&p, 1, 0) > 0 && p.revents & POLLHUP;
-}
-
-/* A client that comes right after another went is not a second one: it waits in the backlog until the first one's
- * end, whose event may come later than its own, is dealt with. */
-static void accept_client(struct vpci_dev *dev)
-{
-    dev->conn.hung_up = dev->conn.fd >= 0 && has_hung_up(dev->conn.fd);
-    if (dev->conn.hung_up)
-        return;
-    int fd = accept4(dev->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (fd < 0)
-        return;
-    if (dev->conn.fd >= 0) {
-        refuse_client(dev, fd);
-        return;
-    }
-    conn_open(&dev->conn, fd, peer_pid(fd));
-    struct epoll_event ev = {.data.fd = fd};
-    epoll_ctl(dev->epoll_fd, EPOLL_CTL_ADD, fd, &ev);
-    dev->stats.clients++;
-    dev->stats.client_pid = dev->conn.pid;
-    pump_note(dev, (vpci_event){.note = VPCI_NOTE_CLIENT, .a = dev->conn.pid});
-}
-
-static void lose_stream(struct vpci_dev *dev, uint64_t why, uint64_t detail)
-{
-    pump_note(dev, (vpci_event){.note = VPCI_NOTE_PROTOCOL, .a = why, .b = detail});
-    dev->conn.gone = true;
-}
-
-static void receive(struct vpci_dev *dev)
-{
-    uint64_t detail = 0;
-    int why = conn_receive(&dev->conn, &detail);
-    if (why)
-        lose_stream(dev, (uint64_t)why, detail);
-}
-
-static bool may_execute(const struct vpci_dev *dev)
-{
-    return dev->op == OP_NONE && dev->conn.fd >= 0 && !conn_congested(&dev->conn);
-}
-
-static void execute_messages(struct vpci_dev *dev)
-{
-    struct message m;
-    uint64_t detail = 0;
-    int got = 1;
-    while (may_execute(dev) && got > 0)
-        if (!message_go_on(dev) && (got = conn_next(&dev->conn, &m, &detail)) > 0)
-            message_execute(dev, &m);
-    if (got < 0)
-        lose_stream(dev, (uint64_t)-got, detail);
-    /* More than any message may bring, and none of them is whole: this one never will be. */
-    else if (got == 0 && dev->conn.n_held > VFU_MAX_FDS)
-        lose_stream(dev, VPCI_WHY_FDS, dev->conn.n_held);
-}
-
-/* An unmap is an operation too, but one that is mostly ready at once. */
-static void execute_all(struct vpci_dev *dev)
-{
-    execute_messages(dev);
-    while (op_is_ready(dev)) {
-        op_finish(dev);
-        execute_messages(dev);
-    }
-}
-
-/* What was received before the peer went is executed first; then the connection closes. */
-static void end_connection(struct vpci_dev *dev)
-{
-    if (!dev->conn.gone || dev->op != OP_NONE)
-        return;
-    conn_close(&dev->conn);
-    dev->conn.gone = false;
-    pump_begin(dev, OP_CLOSING);
     for (uint32_t i = 0; i < dev->n_queues; i++)
         dev->queues[i]->draining = true;
     far_drop(dev);
 }
 
-static void arm(struct vpci_dev *dev)
+void pump_begin_closing(struct vpci_dev *dev)
 {
-    struct conn *c = &dev->conn;
-    bool accepting = c->fd >= 0 ? !c->hung_up && !c->gone : dev->op == OP_NONE;
-    if (accepting != dev->accepting) {
-        struct epoll_event ev = {.events = accepting ? EPOLLIN : 0, .data.fd = dev->listen_fd};
-        epoll_ctl(dev->epoll_fd, EPOLL_CTL_MOD, dev->listen_fd, &ev);
-        dev->accepting = accepting;
-    }
-    if (c->fd < 0)
-        return;
-    if (c->gone) {
-        /* A hang-up is reported whatever is asked for, and what is under way may take a while yet. */
-        epoll_ctl(dev->epoll_fd, EPOLL_CTL_DEL, c->fd, NULL);
-        return;
-    }
-    uint32_t want = (conn_has_room(c) ? EPOLLIN : 0u) | (c->tx_at < c->tx_end ? EPOLLOUT : 0u);
-    if (want != c->armed) {
-        struct epoll_event ev = {.events = want, .data.fd = c->fd};
-        epoll_ctl(dev->epoll_fd, EPOLL_CTL_MOD, c->fd, &ev);
-        c->armed = want;
+    pump_begin(dev, OP_CLOSING);
+    drop_all_work(dev);
+}
+
+bool pump_quiesce(struct vpci_dev *dev, bool drop)
+{
+    dev->drops = drop;
+    if (drop)
+        drop_all_work(dev);
+    pump_begin(dev, OP_QUIESCE);
+    bool rests = op_is_ready(dev);
+    if (rests)
+        pump_begin(dev, OP_NONE);
+    publish_all(dev);   /* what was finished is shown while the ring may still be touched */
+    return rests;
+}
+
+/* An unmap is an operation too, but one that is mostly ready at once. */
+static void execute_all(struct vpci_dev *dev)
+{
+    dev->front->execute(dev->front_state);
+    while (op_is_ready(dev)) {
+        op_finish(dev);
+        dev->front->execute(dev->front_state);
     }
 }
 
@@ -561,15 +499,10 @@ static void take_event(struct vpci_dev *dev, const struct epoll_event *ev)
 {
     if (ev->data.fd == dev->box.wake_fd)
         mailbox_woken(&dev->box);
-    else if (ev->data.fd == dev->listen_fd)
-        accept_client(dev);
-    else if (ev->data.fd == dev->conn.fd) {
-        if (ev->events & (EPOLLIN | EPOLLHUP | EPOLLERR))
-            receive(dev);
-    } else if (ev->data.fd == dev->watched_unmask_fd) {
+    else if (ev->data.fd == dev->watched_unmask_fd) {
         if (take_count(ev->data.fd))
             vpci_irq_unmask_intx(&dev->irq);
-    } else
+    } else if (!dev->front->event(dev->front_state, ev->data.fd, ev->events))
         take_kicks(dev, ev->data.fd);
 }
 
@@ -582,10 +515,10 @@ static void take_mail(struct vpci_dev *dev)
     take_orders(dev, orders);
 }
 
-/* The wish to stop waits its turn: the operation of a message comes to its end first. */
+/* The wish to stop waits its turn: the operation of a message comes to its end first, and its reply goes out. */
 static void begin_stopping(struct vpci_dev *dev)
 {
-    if (dev->stop && dev->op == OP_NONE)
+    if (dev->stop && dev->op == OP_NONE && !dev->in_front)
         pump_begin(dev, OP_STOPPING);
     else if (dev->stop && dev->op_given_up)
         finish_stopping(dev);
@@ -595,36 +528,49 @@ static void begin_stopping(struct vpci_dev *dev)
 static bool turn(struct vpci_dev *dev)
 {
     take_mail(dev);
-    if (dev->op != OP_NONE)
-        conn_take_replies(&dev->conn, far_take_reply, dev);
     watch_the_clock(dev);
     while (op_is_ready(dev))
         op_finish(dev);
-    execute_all(dev);
-    conn_send(&dev->conn);
+    if (!dev->in_front)
+        execute_all(dev);
+    dev->front->send(dev->front_state);
     begin_stopping(dev);
     bool more = look_at_rings(dev);
-    end_connection(dev);
+    dev->front->settle(dev->front_state);
     more |= op_is_ready(dev);
-    arm(dev);
     far_tell(dev);   /* there may be room for its messages now */
     return more;
+}
+
+/* Sleep, without the lock, then a turn. */
+static bool sleep_and_turn(struct vpci_dev *dev, bool more)
+{
+    struct epoll_event events[MAX_EVENTS];
+    int timeout_ms = sleep_ms(dev, more);
+    pthread_mutex_unlock(&dev->awake);
+    int n = epoll_wait(dev->epoll_fd, events, MAX_EVENTS, timeout_ms);
+    pthread_mutex_lock(&dev->awake);
+    for (int i = 0; i < n; i++)
+        take_event(dev, &events[i]);
+    return turn(dev);
+}
+
+void pump_wait(struct vpci_dev *dev)
+{
+    dev->in_front = true;
+    for (bool more = false; dev->op != OP_NONE && dev->op != OP_ENDED;)
+        more = sleep_and_turn(dev, more);
+    dev->in_front = false;
 }
 
 void *pump_run(void *arg)
 {
     struct vpci_dev *dev = arg;
-    struct epoll_event events[MAX_EVENTS];
-    bool more = false;
     dev->owner = pthread_self();
-    while (dev->op != OP_ENDED) {
-        int n = epoll_wait(dev->epoll_fd, events, MAX_EVENTS, sleep_ms(dev, more));
-        pthread_mutex_lock(&dev->awake);
-        for (int i = 0; i < n; i++)
-            take_event(dev, &events[i]);
-        more = turn(dev);
-        pthread_mutex_unlock(&dev->awake);
-    }
+    pthread_mutex_lock(&dev->awake);
+    for (bool more = false; dev->op != OP_ENDED;)
+        more = sleep_and_turn(dev, more);
+    pthread_mutex_unlock(&dev->awake);
     mailbox_end(&dev->box);
     return NULL;
 }

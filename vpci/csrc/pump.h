@@ -19,7 +19,6 @@ struct held_fd {
 
 struct conn {
     int fd;                 /* -1: no client */
-    uint32_t pid;
     bool versioned;         /* VERSION was answered */
     bool hung_up;           /* the peer has closed, but there may be bytes of it to read */
     bool gone;              /* the peer is gone or was given up; close when nothing is under way */
@@ -46,7 +45,7 @@ struct message {
 };
 
 void conn_init(struct conn *c);
-void conn_open(struct conn *c, int fd, uint32_t pid);
+void conn_open(struct conn *c, int fd);
 void conn_close(struct conn *c);
 void conn_fini(struct conn *c);
 /* One receive. Returns 0, or enum vpci_refusal and *detail when the connection must end; EOF sets gone. */
@@ -171,6 +170,7 @@ enum op {
     OP_PYTHON,     /* Python's answer */
     OP_DRAIN,      /* have the answer; the queues it stops have work in flight */
     OP_UNMAP,      /* work in flight on the memory to be unmapped */
+    OP_QUIESCE,    /* the same, for a front that will unmap it; or all work in flight, to be dropped */
     OP_CLOSING,    /* the client is gone; work in flight of its life */
     OP_STOPPING,   /* vpci_dev_stop */
     OP_ENDED
@@ -181,7 +181,10 @@ struct vpci_dev {
     struct vpci_irq irq;
     struct hot hot;
     struct mailbox box;
-    struct conn conn;
+    const vpci_front *front;
+    void *front_state;
+    bool in_front;                     /* inside a call of the front's that waits: it must not be entered again */
+    struct conn conn;                  /* the own front's, like listen_fd and accepting */
     struct far far;
     vpci_queue **queues;
     uint32_t n_queues;
@@ -202,7 +205,8 @@ struct vpci_dev {
     bool op_cancelled, op_given_up;
     struct vfu_header request;         /* the header of the message in execution */
     struct order *answer;              /* OP_DRAIN */
-    struct vfu_dma_unmap unmap;        /* OP_UNMAP */
+    struct vfu_dma_unmap unmap;        /* OP_UNMAP, OP_QUIESCE */
+    bool drops;                        /* OP_QUIESCE */
     struct multi {                     /* a REGION_WRITE_MULTI in execution, one write after the other */
         struct vfu_header request;
         struct vfu_one_write *writes;
@@ -227,6 +231,16 @@ void pump_watch_kick(struct vpci_dev *dev, vpci_queue *q);
 /* The thread. */
 void *pump_run(void *dev);
 int pump_watch(struct vpci_dev *dev, int fd);
+/* Ask for these epoll events of an fd; 0: only for its hang-up. */
+void pump_watch_for(struct vpci_dev *dev, int fd, uint32_t events);
+void pump_connected(struct vpci_dev *dev, uint32_t pid);
+void pump_turned_away(struct vpci_dev *dev, uint32_t pid);
+void pump_begin_closing(struct vpci_dev *dev);
+/* Bring the work that dev->unmap would wait for to its end, or drop all work. Returns whether it has ended; else the
+ * operation begins that waits for it. */
+bool pump_quiesce(struct vpci_dev *dev, bool drop);
+/* For a front that has to answer before it returns: turns without messages, until the operation is over. */
+void pump_wait(struct vpci_dev *dev);
 void pump_forget_eventfds(struct vpci_dev *dev);
 void pump_note(struct vpci_dev *dev, vpci_event note);
 void pump_kick(struct vpci_dev *dev, uint32_t queue_index);
@@ -249,5 +263,12 @@ void message_execute(struct vpci_dev *dev, struct message *m);
 bool message_go_on(struct vpci_dev *dev);
 void message_finish_unmap(struct vpci_dev *dev);
 void reply(struct vpci_dev *dev, uint32_t error, const void *a, size_t a_len, const void *b, size_t b_len);
+/* An access of a region; data: what is written, NULL for a read. */
+void message_access(struct vpci_dev *dev, const struct vfu_region_access *a, const uint8_t *data);
+void message_reset(struct vpci_dev *dev);
+
+/* ---- own.c ---- */
+
+extern const vpci_front own_front;
 
 #endif

@@ -59,6 +59,14 @@ static bool is_far(const vpci_queue *q, const uint8_t *p)
     return q->far_ring && p >= q->shadow && p < q->shadow + ((size_t)q->n_pages << PAGE_SHIFT);
 }
 
+/* Can anybody reach far memory? If not, the queue stands still, and its error says why. */
+static bool far_is_in_reach(vpci_queue *q, uint16_t head, uint64_t gpa)
+{
+    if (!q->far)
+        vpci_ring_break(q, VPCI_RING_FAR_MEMORY, head, gpa);
+    return q->far;
+}
+
 /* Is this the thread that may wait for the client? If not, the queue is left to it, and nothing has happened. */
 static bool may_go_far(vpci_queue *q)
 {
@@ -183,6 +191,7 @@ static uint8_t *find_page(vpci_queue *q, uint32_t page)
     enum vpci_where where = vpci_mem_piece(q->mem, gpa, PAGE_SIZE_BYTES, page_perm(q, page), &p);
     if (where != VPCI_FAR)
         return where == VPCI_HERE ? p.hva : NULL;
+    q->far_refused |= !q->far;
     if (!q->shadow && q->far)
         q->shadow = calloc(q->n_pages, PAGE_SIZE_BYTES);
     q->far_ring |= q->shadow != NULL;
@@ -192,7 +201,7 @@ static uint8_t *find_page(vpci_queue *q, uint32_t page)
 int vpci_queue_remap(vpci_queue *q)
 {
     bool whole = q->started;
-    q->far_ring = false;
+    q->far_ring = q->far_refused = false;
     for (uint32_t i = 0; i < q->n_pages; i++) {
         q->pages[i] = q->started ? find_page(q, i) : NULL;
         whole &= q->pages[i] != NULL;
@@ -342,8 +351,8 @@ static uint16_t add_piece(vpci_queue *q, struct chain *c, const struct vpci_piec
 /* A far piece becomes a bounce buffer. No range is held for it: the client is asked for the address, not a pointer. */
 static uint16_t add_far_piece(vpci_queue *q, struct chain *c, uint64_t gpa, uint64_t len, bool in, uint32_t off)
 {
-    if (!may_go_far(q))
-        return VPCI_CHAIN_OK;   /* unwound: nothing of this chain counts */
+    if (!far_is_in_reach(q, c->pub.head, gpa) || !may_go_far(q))
+        return VPCI_CHAIN_OK;   /* broken or unwound: nothing of this chain counts */
     struct bounce *b = c->bounced + len <= FAR_CHAIN_MAX ? calloc(1, sizeof(*b) + len) : NULL;
     if (!b)
         return VPCI_CHAIN_TOO_LONG;
@@ -447,7 +456,7 @@ static bool fetch(struct walk *w, struct desc *d)
 static bool enter_far_table(struct walk *w)
 {
     vpci_queue *q = w->q;
-    if (!may_go_far(q))
+    if (!far_is_in_reach(q, w->head, w->table) || !may_go_far(q))
         return false;
     if (!q->block && !(q->block = malloc(FAR_BLOCK)))
         return walk_break(w, VPCI_RING_TABLE_UNMAPPED, w->table);

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vpci._core import lib
+from vpci._core import ffi, lib
 from vpci.vfu import wire
 
 
@@ -37,6 +37,10 @@ RING_RULES: dict[int, tuple[str, str]] = {
     lib.VPCI_RING_TABLE_UNMAPPED: ("table_unmapped", "the indirect table is not in mapped memory at {addr:#x}"),
     lib.VPCI_RING_UNMAPPED: ("ring_unmapped", "a kick, but the ring at {addr:#x} is not whole in mapped memory"),
     lib.VPCI_RING_VANISHED: ("ring_vanished", "the file of the ring's memory at {addr:#x}, or of a chain's, shrank"),
+    lib.VPCI_RING_FAR_MEMORY: (
+        "far_memory",
+        "memory at {addr:#x} came without an fd, and libvfio-user cannot ask for it safely; share the guest's memory",
+    ),
 }
 
 _MESSAGE_FAULTS: dict[int, str] = {
@@ -121,6 +125,12 @@ def _backend(event: Any) -> Report:
     return Report("backend_error", text, {"queue": event.queue, "errno": event.a, "type": event.b, "sector": event.c})
 
 
+def _front(event: Any) -> Report:
+    name, fault = wire.command_name(event.command), ffi.string(event.text).decode(errors="replace")
+    facts = {"pid": event.pid, "message": name, "fault": fault}
+    return Report("refused", f"client {event.pid}: {name}: libvfio-user: {fault}", facts)
+
+
 _REPORTS: dict[int, Callable[[Any], Report]] = {
     lib.VPCI_NOTE_CLIENT: _client,
     lib.VPCI_NOTE_REFUSED: _refused,
@@ -131,6 +141,7 @@ _REPORTS: dict[int, Callable[[Any], Report]] = {
     lib.VPCI_NOTE_STUCK: _stuck,
     lib.VPCI_NOTE_LOST: _lost,
     lib.VPCI_NOTE_BACKEND: _backend,
+    lib.VPCI_NOTE_FRONT: _front,
 }
 
 

@@ -8,24 +8,23 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vpci._core import ffi, lib
 from vpci.effects import OPS, Effects
-from vpci.errors import BackendError, ClientError
+from vpci.errors import BackendError, ClientError, ConfigError
 from vpci.models.base import Model
 from vpci.models.engine import engine_of
 from vpci.pci.function import Function
 from vpci.vfu.notes import Report, report_of
 from vpci.vfu.session import Session
+from vpci.vfu.transport import OwnTransport, Transport
 from vpci.virtio.device import Device, HotRow
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 16
 #: A client gives up after 5 s and then takes a late reply for garbage.
 CANCEL_MS = 2000
 CLOSE_MS = 4000
@@ -50,6 +49,7 @@ class Server:
         model: Model,
         path: str,
         report: Callable[[Report], None] = lambda _: None,
+        transport: str = "own",
     ) -> None:
         self.function, self.device, self.model = function, device, model
         self.path = os.path.abspath(path)
@@ -59,7 +59,8 @@ class Server:
         self._lock = threading.RLock()  # answers and posts reach the pump in the order in which the state changed
         self.before_stop: list[Callable[[], None]] = []  # ends what asks us from outside
         self._generation = -1
-        self._listener: socket.socket | None = None
+        self._transport = TRANSPORTS[transport](self.path, function)
+        self._listening = False
         self._thread = threading.Thread(target=self._run, name="vpci-control", daemon=True)
         self._dev = lib.vpci_dev_new(self._setup())
         if self._dev == ffi.NULL:
@@ -71,18 +72,18 @@ class Server:
 
     def listen(self) -> None:
         """Take the socket's path. Raises BackendError when it cannot be had."""
-        self._listener = listen(self.path)
+        self._transport.listen()
+        self._listening = True
 
     def start(self) -> None:
         """Serve; listen first if that was not done."""
-        if self._listener is None:
+        if not self._listening:
             self.listen()
-        assert self._listener is not None
         fx = Effects()
         self.function.reset(fx)
         self._post(fx)
         self.engine.start()
-        result = lib.vpci_dev_start(self._dev, self._listener.fileno())
+        result = self._transport.start(self._dev)
         if result < 0:
             raise BackendError(self.path, -result, "cannot start the pump thread")
         self._thread.start()
@@ -94,8 +95,8 @@ class Server:
         if self._thread.is_alive():
             lib.vpci_dev_stop(self._dev)
             self._thread.join()
-        self._close_listener()
         in_flight = sum(queue["in_flight"] for queue in self.queue_stats())
+        self._transport.close(drained=not in_flight)
         if in_flight:
             return f"{in_flight} requests are stuck in the backend and are lost"
         self.engine.close()
@@ -111,12 +112,6 @@ class Server:
         finally:
             self.model.close()
         return ""
-
-    def _close_listener(self) -> None:
-        if self._listener:
-            self._listener.close()
-            self._listener = None
-            _unlink(self.path)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -279,48 +274,13 @@ _ON_EVENT: dict[int, Callable[[Server, Any], None]] = {
 }
 
 
-def listen(path: str) -> socket.socket:
-    """A listening socket of mode 0600 at `path`. A stale socket is replaced, a live one or any other file is not."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+def _libvfio_user(path: str, function: Function) -> Transport:
     try:
-        _remove_stale(path)
-        before = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(before)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise BackendError(
-            path, error.errno or 0, f"cannot listen on the socket ({error.strerror or error})"
-        ) from error
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+        from vpci.vfu.libvfio_user import LibvfioUserTransport
+    except ImportError as error:
+        wanted = "a build of vpci with libvfio-user; `vpci doctor` says how to get one"
+        raise ConfigError("", "device.transport", "libvfio-user", wanted, str(error)) from error
+    return LibvfioUserTransport(path, function)
 
 
-def _remove_stale(path: str) -> None:
-    if not os.path.lexists(path):
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        result = probe.connect_ex(path)
-    if result == 0:
-        raise BackendError(path, errno.EADDRINUSE, "a live server listens there; stop it, or use another --socket")
-    if not os.path.exists(path) or not _is_socket(path):
-        raise BackendError(
-            path, errno.EEXIST, "there is something that is no socket; remove it, or use another --socket"
-        )
-    os.unlink(path)
-
-
-def _is_socket(path: str) -> bool:
-    import stat
-
-    return stat.S_ISSOCK(os.lstat(path).st_mode)
-
-
-def _unlink(path: str) -> None:
-    if os.path.lexists(path) and _is_socket(path):
-        os.unlink(path)
+TRANSPORTS: dict[str, Callable[[str, Function], Transport]] = {"own": OwnTransport, "libvfio-user": _libvfio_user}

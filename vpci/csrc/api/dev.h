@@ -75,8 +75,9 @@ enum vpci_note {
     VPCI_NOTE_CANCEL,         /* a drain takes long; what can be cancelled is: a = chains in flight */
     VPCI_NOTE_STUCK,          /* a drain did not end: the connection is closed: a = chains in flight */
     VPCI_NOTE_LOST,           /* notes were not kept: a = how many */
-    VPCI_NOTE_BACKEND         /* a backend failed, told once until it is opened anew: queue, a = errno, b = the type of
+    VPCI_NOTE_BACKEND,        /* a backend failed, told once until it is opened anew: queue, a = errno, b = the type of
                                * the request, c = its first sector */
+    VPCI_NOTE_FRONT           /* another front refused a message: command, text */
 };
 
 enum vpci_refusal {
@@ -107,6 +108,7 @@ typedef struct vpci_event {
     uint32_t len;
     uint32_t flags;           /* of the message's header */
     uint32_t pid;             /* the client */
+    char text[96];            /* NOTE_FRONT: its words, with a NUL */
 } vpci_event;
 
 typedef struct vpci_dev_stats {

@@ -15,6 +15,10 @@ void vpci_mem_free(vpci_mem *mem);
  * perm: enum vpci_mem_perm bits. The fd stays the caller's. Returns 0 or -errno. */
 int vpci_mem_map(vpci_mem *mem, uint64_t gpa, uint64_t size, int fd, uint64_t offset, uint32_t perm);
 
+/* The same for a range that somebody else has mapped at hva and unmaps after vpci_mem_unmap; NULL: only messages reach
+ * it. Its file may shrink, for all we know. Returns 0 or -errno. */
+int vpci_mem_borrow(vpci_mem *mem, uint64_t gpa, uint64_t size, void *hva, uint32_t perm);
+
 /* Forget exactly one range that was mapped. Returns 0, -ENOENT, or -EBUSY while chains hold it. */
 int vpci_mem_unmap(vpci_mem *mem, uint64_t gpa, uint64_t size);
 

@@ -27,6 +27,7 @@ enum vpci_ring_error {
     VPCI_RING_TABLE_UNMAPPED,
     VPCI_RING_UNMAPPED,
     VPCI_RING_VANISHED,        /* a file of guest memory has shrunk */
+    VPCI_RING_FAR_MEMORY,      /* memory that only messages reach, and the front cannot send them */
     VPCI_RING_ERRORS
 };
 

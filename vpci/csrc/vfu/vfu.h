@@ -14,5 +14,6 @@
 #include <vfio-user/libvfio-user.h>
 
 #include "pyvfio_user.h"
+#include "transport.h"
 
 #endif
