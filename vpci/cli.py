@@ -126,7 +126,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     "config": (
         "print a commented sample configuration",
         "vpci config blk > blk.toml",
-        [("model", {"metavar": "MODEL", "help": "blk, an entry point of vpci.models, or module:Class"})],
+        [("model", {"metavar": "MODEL", "help": "blk, console, an entry point of vpci.models, or module:Class"})],
     ),
     "doctor": (
         "say what is here, what is missing, and what to type",

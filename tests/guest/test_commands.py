@@ -86,7 +86,9 @@ def test_the_arguments_that_vpci_qemu_prints_work_when_pasted(config: Path, tmp_
         own = ["-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]
         boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(initrd), "-append", "console=ttyS0 panic=-1"]
         line = f"exec {shlex.join([*ensure_qemu().argv_prefix, *own, *boot])} {printed}"
-        qemu = subprocess.Popen(["sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        qemu = subprocess.Popen(
+            ["sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
         try:
             assert b"[vda]" in read_until(qemu.stdout.fileno(), b"[vda]")
         finally:

@@ -10,6 +10,7 @@ from vpci import config as configuration
 from vpci.build import make_function
 from vpci.commands.output import Output
 from vpci.config import Config
+from vpci.errors import ConfigError
 from vpci.vfu.server import Server
 
 #: Of the events on stdout: it grows when one changes its meaning or goes, not when one comes.
@@ -23,6 +24,9 @@ def run(args: argparse.Namespace) -> int:
     out = Output(args.json)
     config = configuration.load(args.config, args.sets)
     server = make_server(config, args.socket, out)
+    if args.json and server.model.owns_terminal:
+        server.model.close()
+        raise ConfigError("", "--json", "stdout", "not with a console on stdio, which has stdout to itself")
     server.listen()
     out.event(
         "listening",

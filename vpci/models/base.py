@@ -108,6 +108,11 @@ class Model:
         """MSI-X vectors that suffice: one for configuration and one for each queue, unless the model knows better."""
         return 1 + len(self.queues())
 
+    @property
+    def owns_terminal(self) -> bool:
+        """Whether the model has taken this process's stdin and stdout."""
+        return False
+
     def queues(self) -> list[QueueSpec]:
         """The queues in order of their index."""
         return [QueueSpec("requests", self.queue_size)]
