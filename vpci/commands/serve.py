@@ -10,6 +10,7 @@ from vpci import config as configuration
 from vpci.build import make_function
 from vpci.commands.output import Output
 from vpci.config import Config
+from vpci.ctl import Ctl
 from vpci.errors import ConfigError
 from vpci.vfu.server import Server
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         server.model.close()
         raise ConfigError("", "--json", "stdout", "not with a console on stdio, which has stdout to itself")
     server.listen()
+    Ctl(server).start()
     out.event(
         "listening",
         f"{config.model_type.name} ({config.device.dialect}) on {server.path}",

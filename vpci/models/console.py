@@ -8,6 +8,7 @@ and whoever adds, removes or resizes ports touch too; nothing waits while it is 
 from __future__ import annotations
 
 import logging
+import re
 import select
 import struct
 import threading
@@ -24,7 +25,7 @@ from vpci.backends import parse_size
 from vpci.backends.tty import Line, open_line
 from vpci.backends.tty.line import MAX_PIECES
 from vpci.errors import BackendError, ConfigError
-from vpci.models.base import Chain, Host, Identity, Model, QueueSpec
+from vpci.models.base import Chain, Host, Identity, Model, Operation, QueueSpec
 from vpci.spec import console
 from vpci.spec.features import word_of
 
@@ -48,6 +49,9 @@ STUCK_TICK_S = 0.25
 FLUSH_S = 1.0
 CLOSE_S = 5.0
 
+#: Of a port: its name in the guest's sysfs.
+NAME = "^[^\\x00-\\x1f]{0,200}$"
+
 _CONTROL = struct.Struct("<IHH")
 _SIZE = struct.Struct("<HH")
 _SUFFIXES = {"pty": ".pty", "socket": ".sock", "file": ".log"}
@@ -62,7 +66,7 @@ _PATH = Meta(description="The link, socket or file. Absent: console-portN with .
 class PortSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One port more."""
 
-    name: Annotated[str, Meta(description="Its name in the guest's /sys/class/virtio-ports.", max_length=200)] = ""
+    name: Annotated[str, Meta(description="Its name in the guest's /sys/class/virtio-ports.", pattern=NAME)] = ""
     backend: Annotated[str, _BACKEND] = "socket"
     path: Annotated[str | None, _PATH] = None
     console: Annotated[bool, Meta(description="A terminal (hvc1, ...) in the guest instead of a plain device.")] = False
@@ -421,6 +425,8 @@ class ConsoleModel(Model):
             raise ConfigError("", "port", "one more", f"{self.section.ports} ports (console.ports)")
         if not self.offers_multiport:
             raise ConfigError("", "port", index, "only port 0 without VIRTIO_CONSOLE_F_MULTIPORT")
+        if not re.search(NAME, name):
+            raise ConfigError("", "name", name, "200 characters at most, none of them a control character")
         port = Port(index, open_line("backend", backend, _path(index, backend, path)), name, is_console)
         port.line_size = port.line.size()
         with self._lock:
@@ -447,6 +453,46 @@ class ConsoleModel(Model):
                 self._send(Control(index, console.PORT_REMOVE))
         self._wake()
         port.closed.wait(CLOSE_S)
+
+    operations = {
+        "ports": Operation("every port: its sides, its bytes", (), lambda model: {"ports": model.port_states()}),
+        "port-add": Operation(
+            "plug in a port; PATH - means the usual one",
+            ("NAME", "BACKEND", "PATH"),
+            lambda model, *args: model._op_add(*args),
+        ),
+        "terminal-add": Operation(
+            "plug in a port that is a terminal (hvc1, ...) in the guest",
+            ("NAME", "BACKEND", "PATH"),
+            lambda model, *args: model._op_add(*args, is_console=True),
+        ),
+        "port-remove": Operation("unplug a port", ("PORT",), lambda model, port: model._op_remove(port)),
+        "resize": Operation(
+            "give port 0's terminal another size", ("COLS", "ROWS"), lambda model, *size: model._op_resize(0, *size)
+        ),
+        "port-resize": Operation(
+            "the same for another port", ("PORT", "COLS", "ROWS"), lambda model, *args: model._op_resize(*args)
+        ),
+        "output": Operation(
+            'the last that the guest wrote to a port of the backend "ring"',
+            ("PORT",),
+            lambda model, port: {"output": model.tail(_number("PORT", port)).decode(errors="replace")},
+        ),
+    }
+
+    def _op_add(self, name: object, backend: object, path: object, *, is_console: bool = False) -> dict[str, object]:
+        place = None if path == "-" else str(path)
+        return {"port": self.add_port(str(name), str(backend), place, is_console)}
+
+    def _op_remove(self, port: object) -> dict[str, object]:
+        index = _number("PORT", port)
+        self.remove_port(index)
+        return {"port": index}
+
+    def _op_resize(self, port: object, cols: object, rows: object) -> dict[str, object]:
+        index, size = _number("PORT", port), (_number("COLS", cols), _number("ROWS", rows))
+        self.resize(*size, index)
+        return {"port": index, "cols": size[0], "rows": size[1]}
 
     def _port(self, index: int) -> Port:
         with self._lock:
@@ -702,6 +748,13 @@ def _bound(backlog: int | str) -> int:
 
 def _path(index: int, backend: str, path: str | None) -> str:
     return path if path is not None else f"console-port{index}{_SUFFIXES.get(backend, '')}"
+
+
+def _number(key: str, text: object) -> int:
+    try:
+        return int(str(text))
+    except ValueError as error:
+        raise ConfigError("", key, text, "a number") from error
 
 
 def _on_events(port: Port, fd: int) -> Callable[[int], None]:
