@@ -14,6 +14,7 @@ from tests.doubles import settle
 from vpci.build import make_function
 from vpci.config import load
 from vpci.driver import Buffer, Device, Memory
+from vpci.driver.memory import DEFAULT_BASE, adjacent
 from vpci.models.console import ConsoleModel
 from vpci.vfu.client import Client
 from vpci.vfu.server import Server
@@ -38,8 +39,14 @@ class Console:
     def __init__(self, server: Server, model: ConsoleModel, device: Device, folder: Path) -> None:
         self.server, self.model, self.device, self.folder = server, model, device, folder
         self.memory = device.memory
+        self.stopped = False
         self._buffers: dict[tuple[int, int], Buffer] = {}
         self._messages: list[tuple[int, int, int, bytes]] = []
+
+    def stop(self) -> str:
+        """End the server; what it says was lost."""
+        self.stopped = True
+        return self.server.stop()
 
     def start(self, features: int = 0, ports: int = 1, msix: int | None = None) -> None:
         """A driver that uses `ports` ports and, with MULTIPORT, the control queues."""
@@ -193,7 +200,7 @@ class WatchedModel(ConsoleModel):
 
 
 @contextlib.contextmanager
-def console(folder: Path, section: str = "", *, more: str = "", **client: Any) -> Iterator[Console]:
+def console(folder: Path, section: str = "", *, more: str = "", shared: bool = True) -> Iterator[Console]:
     """A served console with port 0 on the socket port0.sock, and a client; `section`: more lines of [console]."""
     config = folder / "console.toml"
     path = "" if "backend" in section.split("port =")[0] else f'backend = "socket"\npath = "{folder}/port0.sock"\n'
@@ -204,10 +211,13 @@ def console(folder: Path, section: str = "", *, more: str = "", **client: Any) -
     assert isinstance(model, ConsoleModel)
     server = Server(function, device, model, str(folder / "dev.sock"))
     server.start()
-    memory = Memory(16 << 20)
+    made = None
+    memory = Memory(ranges=adjacent(DEFAULT_BASE, [16 << 20], shared=shared))
     try:
-        with Client(folder / "dev.sock", **client) as attached:
-            yield Console(server, model, Device(attached, memory), folder)
+        with Client(folder / "dev.sock") as attached:
+            made = Console(server, model, Device(attached, memory), folder)
+            yield made
     finally:
         memory.close()
-        server.stop()
+        if made is None or not made.stopped:
+            server.stop()

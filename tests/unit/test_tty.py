@@ -107,6 +107,34 @@ def test_a_client_that_left_is_read_to_its_end(line):
 
 
 @kind("socket")
+def test_a_client_that_comes_right_after_another_left_is_not_refused(line):
+    connected(line).close()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as second:
+        second.settimeout(DEADLINE_S)
+        second.connect("the-line")
+        poll(line)
+        assert line.hung_up
+        line.hang_up()
+        poll(line)
+        line.write([b"welcome"])
+        assert second.recv(100) == b"welcome"
+
+
+@kind("socket")
+def test_a_client_for_which_there_is_no_descriptor_waits(line, monkeypatch, caplog):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect("the-line")
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "accept", lambda _: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
+            poll(line)
+        assert (len(caplog.records), line.connected, line.tick_s) == (1, False, 1.0)
+        assert line.fds(True, False) == {line.listener.fileno(): 0}
+        line.tick()
+        poll(line)
+        assert line.connected
+
+
+@kind("socket")
 def test_writing_to_a_client_that_left_is_a_hang_up(line):
     client = connected(line)
     client.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import termios
 
 import pytest
 
@@ -174,13 +176,12 @@ def test_a_reset_does_not_wait_for_a_slow_host(tmp_path):
 
 def test_the_host_may_come_and_go(single):
     single.start()
-    for text in (b"one", b"two", b"three"):
+    for text in (b"one", b"two", b"three") * 20:
         with single.host() as host:
             single.write(0, text)
             assert host.read(len(text)) == text
             host.send(text)
         assert single.receive(0, len(text)) == text
-        assert single.device.wait_until(lambda: not single.model.port_states()[0]["host_open"])
 
 
 def test_what_a_host_sent_before_it_left_is_delivered(single):
@@ -219,6 +220,70 @@ def test_what_the_guest_has_no_buffers_for_stays_in_the_kernel(single):
         assert single.model.port_states()[0]["waiting"] <= 65536
         host.socket.setblocking(True)
         assert single.receive(0, sent) == b"z" * sent
+
+
+def test_a_full_disk_does_not_hold_up_the_guest(tmp_path):
+    with console(tmp_path, 'ports = 1\nbackend = "file"\npath = "/dev/full"\nbacklog = "4K"') as single:
+        single.start()
+        for _ in range(20):
+            single.write(0, b"x" * 1024)
+        single.settle()
+        stats = single.model.stats()
+        assert (stats["port0_backlog"], stats["port0_dropped"]) == (4096, 16 * 1024)
+
+
+def test_output_goes_to_a_file(tmp_path):
+    with console(tmp_path, f'ports = 1\nbackend = "file"\npath = "{tmp_path}/log"') as single:
+        single.start()
+        single.write(0, b"line\n")
+        single.settle()
+        assert (tmp_path / "log").read_bytes() == b"line\n"
+
+
+def test_a_terminal_behind_the_port_gives_it_its_size(tmp_path):
+    with console(tmp_path, f'ports = 1\nbackend = "pty"\npath = "{tmp_path}/tty"') as single:
+        single.start(SIZE, msix=2)
+        assert single.device.config_read(0, 4) == struct.pack("<HH", 80, 24)
+        terminal = os.open(tmp_path / "tty", os.O_RDWR | os.O_NOCTTY)
+        termios.tcsetwinsize(terminal, (43, 132))
+        assert single.device.client.wait(single.device.vector_fds[0])
+        assert single.device.config_read(0, 4) == struct.pack("<HH", 132, 43)
+        single.write(0, b"out")
+        assert os.read(terminal, 10) == b"out"
+        os.write(terminal, b"in")
+        assert single.receive(0, 2) == b"in"
+        os.close(terminal)
+        assert single.device.wait_until(lambda: not single.model.port_states()[0]["host_open"])
+        single.write(0, b"kept")
+        terminal = os.open(tmp_path / "tty", os.O_RDWR | os.O_NOCTTY)
+        assert os.read(terminal, 10) == b"kept"
+        os.close(terminal)
+
+
+def test_memory_that_only_the_client_reaches(tmp_path):
+    with console(tmp_path, "ports = 1", shared=False) as single, single.host() as host:
+        single.start()
+        single.write(0, b"far away" * 1000, pieces=3)
+        assert host.read(8000) == b"far away" * 1000
+        host.send(b"z" * 9000)
+        assert single.receive(0, 9000) == b"z" * 9000
+
+
+def test_what_a_slow_host_has_not_taken_is_said_at_the_end(tmp_path):
+    with console(tmp_path, 'ports = 1\nbacklog = "4K"') as single, single.host():
+        single.start()
+        for _ in range(120):
+            single.post(tx(0), b"x" * 8192)
+        assert single.device.wait_until(lambda: single.model.ports[0].stuck_since is not None)
+        assert "the host side did not take them" in single.stop()
+
+
+def test_what_a_host_takes_in_time_is_not_lost_at_the_end(tmp_path):
+    with console(tmp_path, "ports = 1") as single, single.host() as host:
+        single.start()
+        single.write(0, b"last words")
+        assert single.stop() == ""
+        assert host.read(10) == b"last words"
 
 
 def test_an_empty_chain_is_used_and_says_nothing(single):
@@ -545,14 +610,6 @@ def test_only_the_latest_size_waits_for_buffers(multi):
     messages = multi.controls(4)
     assert messages[3] == (0, RESIZE, 0, struct.pack("<HH", 179, 50))
     assert multi.pending(CONTROL_RX) == 0
-
-
-def test_rows_come_first_for_who_wants_them_so(tmp_path):
-    with console(tmp_path, "rows_first = true") as made:
-        made.start_multiport(1)
-        made.controls(2)
-        made.model.resize(100, 50)
-        assert made.control() == (0, RESIZE, 0, struct.pack("<HH", 50, 100))
 
 
 def test_messages_that_nobody_takes_are_bounded(multi):

@@ -106,13 +106,6 @@ class ConsoleSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=1, le=0xFFFF)] | None,
         Meta(description="Rows of port 0. Absent: those of the terminal behind it, else 24.", examples=[24]),
     ] = None
-    rows_first: Annotated[
-        bool,
-        Meta(
-            description="Put rows before columns in RESIZE, as drivers of Linux read it; the specification has columns "
-            "first."
-        ),
-    ] = False
     backlog: Annotated[
         int | str,
         Meta(
@@ -160,7 +153,7 @@ class Port:
         self.given_up = False  # it is there and takes nothing: not waited for any more
         self.dropping = False  # and that was said
         self.watched: dict[int, int] = {}
-        self.next_tick = 0.0
+        self.next_tick: float | None = None
         self.closed = threading.Event()
         self.counters: Counter[str] = Counter(from_guest=0, to_guest=0, dropped=0)
 
@@ -607,8 +600,7 @@ class ConsoleModel(Model):
             return
         for message in [m for m in self._control if (m.id, m.event) == (port.index, console.RESIZE)]:
             self._control.remove(message)  # only the latest size is of interest
-        size = _SIZE.pack(rows, cols) if self.section.rows_first else _SIZE.pack(cols, rows)
-        self._send(Control(port.index, console.RESIZE, 0, size))
+        self._send(Control(port.index, console.RESIZE, 0, _SIZE.pack(cols, rows)))
 
     def _send(self, message: Control) -> None:
         """Queue a message for the driver. With the lock held."""
@@ -762,7 +754,11 @@ def _on_events(port: Port, fd: int) -> Callable[[int], None]:
 
 
 def _call_tick(port: Port, now: float) -> None:
-    if port.line.tick_s is not None and now >= port.next_tick:
+    if port.line.tick_s is None:
+        port.next_tick = None
+    elif port.next_tick is None:
+        port.next_tick = now + port.line.tick_s
+    elif now >= port.next_tick:
         port.next_tick = now + port.line.tick_s
         port.line.tick()
 

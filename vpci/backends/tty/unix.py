@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import socket
@@ -17,7 +18,11 @@ from collections.abc import Mapping
 from vpci.backends.tty.line import Line, reason
 from vpci.errors import BackendError
 
+log = logging.getLogger(__name__)
+
 BACKLOG = 4
+RETRY_S = 1.0
+_LEFT_AGAIN = (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR)
 _UCRED = struct.Struct("3i")
 
 
@@ -32,7 +37,8 @@ class SocketLine(Line):
         self.refused = 0
 
     def fds(self, reads: bool, writes: bool) -> Mapping[int, int]:
-        return {self.listener.fileno(): select.POLLIN, **super().fds(reads, writes)}
+        mask = select.POLLIN if self.tick_s is None else 0
+        return {self.listener.fileno(): mask, **super().fds(reads, writes)}
 
     def ready(self, fd: int, events: int) -> None:
         if fd == self.listener.fileno():
@@ -41,9 +47,15 @@ class SocketLine(Line):
             super().ready(fd, events)
 
     def _accept(self) -> None:
+        """A client that comes right after another left is no second one: it waits until that end is dealt with."""
+        if self.client is not None and _has_hung_up(self.client):
+            return
         try:
             client, _ = self.listener.accept()
-        except OSError:  # it left again, or there is no descriptor for it: poll tells when there is one
+        except OSError as error:
+            if error.errno not in _LEFT_AGAIN:
+                log.warning("%s: a client has to wait (%s)", self.path, reason(error))
+                self.tick_s = RETRY_S  # it stays in the backlog, and poll(2) would tell of it without a pause
             return
         if self.client is not None:
             self._refuse(client)
@@ -60,6 +72,9 @@ class SocketLine(Line):
         with client, contextlib.suppress(OSError):
             client.send(f"vpci: this port is in use by pid {_pid(self.client)}\r\n".encode(), socket.MSG_DONTWAIT)
 
+    def tick(self) -> None:
+        self.tick_s = None  # try again
+
     def hang_up(self) -> None:
         if self.client is not None:
             self.client.close()
@@ -72,6 +87,12 @@ class SocketLine(Line):
         self.listener.close()
         with contextlib.suppress(OSError):
             os.unlink(self.path)
+
+
+def _has_hung_up(client: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(client, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def _pid(client: socket.socket) -> int:
