@@ -6,6 +6,7 @@ import contextlib
 import select
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Console:
     def __init__(self, server: Server, model: ConsoleModel, device: Device, folder: Path) -> None:
         self.server, self.model, self.device, self.folder = server, model, device, folder
         self.memory = device.memory
-        self.stopped = False
+        self.stopped = self._has_memory = False
         self._buffers: dict[tuple[int, int], Buffer] = {}
         self._messages: list[tuple[int, int, int, bytes]] = []
 
@@ -54,8 +55,9 @@ class Console:
         queues = [*control, *(queue for port in range(ports) for queue in (rx(port), tx(port)))]
         self._buffers.clear()
         self._messages.clear()
-        first = not self.device.queues
-        (self.device.start if first else self.device.restart)(features, msix=msix, queues=tuple(sorted(queues)))
+        begin = self.device.restart if self._has_memory else self.device.start
+        self._has_memory = True
+        begin(features, msix=msix, queues=tuple(sorted(queues)))
 
     def start_multiport(self, ports: int = 4, **more: Any) -> None:
         """As Linux does: buffers on the control queue, DEVICE_READY, every port ready; messages until then are read."""
@@ -185,18 +187,31 @@ class Host:
 
 
 class WatchedModel(ConsoleModel):
-    """The console, which also says when its thread has gone round."""
+    """The console, which also says when its thread has gone round or it was reset, and whose thread may be held up."""
 
     def __init__(self, *arguments: Any) -> None:
-        import threading
-
-        self.turned = threading.Event()
+        self.turned, self.was_reset, self.go, self.stands = (threading.Event() for _ in range(4))
+        self.go.set()
         super().__init__(*arguments)
 
     def turn(self) -> float | None:
         again = super().turn()
         self.turned.set()
+        if not self.go.is_set():
+            self.stands.set()
+            assert self.go.wait(DEADLINE_S)
         return again
+
+    def hold(self) -> None:
+        """Keep the thread from serving anything until `go` is set."""
+        self.stands.clear()
+        self.go.clear()
+        self._wake()
+        assert self.stands.wait(DEADLINE_S)
+
+    def reset(self) -> None:
+        super().reset()
+        self.was_reset.set()
 
 
 @contextlib.contextmanager

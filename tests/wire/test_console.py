@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import struct
 import termios
+import threading
 
 import pytest
 
 from tests.console_rig import (
     CONSOLE_PORT,
     CONTROL_RX,
+    CONTROL_TX,
     DEVICE_READY,
     EMERG_WRITE,
     MULTIPORT,
@@ -25,6 +27,7 @@ from tests.console_rig import (
     rx,
     tx,
 )
+from tests.doubles import settle
 
 TWO_PORTS = 'port = [{name = "org.vpci.data", path = "FOLDER/data.sock"}]'
 
@@ -641,6 +644,27 @@ def test_a_driver_of_one_port_may_follow_one_of_several(multi):
         multi.write(0, b"single")
         host.send(b"again")
         assert (host.read(6), multi.receive(0, 5)) == (b"single", b"again")
+
+
+def test_a_message_of_the_old_life_is_not_taken_for_one_of_the_new(multi):
+    """It is fetched, then the driver resets, and only then does the model's thread come to it."""
+    multi.start_multiport(2)
+    multi.controls(3)
+    multi.model.hold()
+    multi.post(CONTROL_TX, struct.pack("<IHH", 1, PORT_OPEN, 1))
+    settle(multi.device.client)
+    assert multi.server.queue_stats()[CONTROL_TX]["in_flight"] == 1
+    multi.model.was_reset.clear()
+    go = threading.Thread(target=lambda: multi.model.was_reset.wait(10) and multi.model.go.set())
+    go.start()
+    multi.device.reset()
+    go.join()
+    multi.start_multiport(2)
+    multi.controls(3)
+    multi.offer(rx(1), 1)
+    with multi.host("data.sock") as host:
+        host.send(b"not yet")
+        assert multi.pending(rx(1)) == 0
 
 
 def test_many_resets_in_the_middle_of_traffic(multi):
