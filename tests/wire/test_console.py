@@ -659,8 +659,10 @@ def test_a_message_of_the_old_life_is_not_taken_for_one_of_the_new(multi):
     go.start()
     multi.device.reset()
     go.join()
-    multi.start_multiport(2)
-    multi.controls(3)
+    multi.device.add_status(3)
+    multi.device.write_features(MULTIPORT)
+    multi.device.set_up_queue(rx(1))
+    multi.device.add_status(4)
     multi.offer(rx(1), 1)
     with multi.host("data.sock") as host:
         host.send(b"not yet")
