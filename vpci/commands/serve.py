@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from collections.abc import Sequence
 
 from vpci import config as configuration
 from vpci.build import make_function
@@ -24,10 +25,8 @@ def run(args: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread is made: all inherit it
     out = Output(args.json)
     config = configuration.load(args.config, args.sets)
+    check_terminal([config], "--json" if args.json else "")
     server = make_server(config, args.socket, out)
-    if args.json and server.model.owns_terminal:
-        server.model.close()
-        raise ConfigError("", "--json", "stdout", "not with a console on stdio, which has stdout to itself")
     server.listen()
     Ctl(server).start()
     out.event(
@@ -52,6 +51,13 @@ def make_server(config: Config, socket: str | None, out: Output) -> Server:
     except BaseException:
         model.close()
         raise
+
+
+def check_terminal(configs: Sequence[Config], other: str) -> None:
+    """ConfigError when more than one wants stdin and stdout: devices, and the option `other` if it is given."""
+    wanted = [config.file for config in configs if config.model_type.takes_terminal(config.section)]
+    if wanted and len(wanted) + bool(other) > 1:
+        raise ConfigError("", other or wanted[-1], "stdio", "one console on stdio: it has the terminal to itself")
 
 
 def stop(server: Server, out: Output, why: str, guest_runs: bool = True) -> int:

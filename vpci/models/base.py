@@ -122,9 +122,9 @@ class Model:
         """MSI-X vectors that suffice: one for configuration and one for each queue, unless the model knows better."""
         return 1 + len(self.queues())
 
-    @property
-    def owns_terminal(self) -> bool:
-        """Whether the model has taken this process's stdin and stdout."""
+    @classmethod
+    def takes_terminal(cls, section: Any) -> bool:
+        """Whether a device with this section takes the process's stdin and stdout."""
         return False
 
     def queues(self) -> list[QueueSpec]:

@@ -356,10 +356,9 @@ class ConsoleModel(Model):
             lost = ", ".join(f"port {port.index}: {port.backlog} bytes" for port in stuck)
             raise BackendError(lost, 0, "the host side did not take them")
 
-    @property
-    def owns_terminal(self) -> bool:
-        """Whether a port has taken this process's terminal."""
-        return any(port.line.owns_terminal for port in self.ports.values())
+    @classmethod
+    def takes_terminal(cls, section: ConsoleSection) -> bool:
+        return "stdio" in (section.backend, *(port.backend for port in section.port))
 
     def close(self) -> None:
         for port in [*self.ports.values(), *self._leaving]:

@@ -21,8 +21,6 @@ class Line:
 
     #: How often tick() is to be called, in seconds; None: never.
     tick_s: float | None = None
-    #: Whether it takes this process's terminal.
-    owns_terminal = False
 
     def __init__(self) -> None:
         self.in_fd = self.out_fd = -1

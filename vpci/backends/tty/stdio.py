@@ -30,8 +30,6 @@ _HELP = "\r\nCtrl-A x: end vpci   Ctrl-A Ctrl-A: send Ctrl-A   Ctrl-A h: this\r\
 class StdioLine(Line):
     """stdin and stdout. A pipe or a file in their place works too, without all that concerns a terminal."""
 
-    owns_terminal = True
-
     def __init__(self, path: str = "") -> None:
         super().__init__()
         self._keys = bytearray()
