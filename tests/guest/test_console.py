@@ -165,13 +165,16 @@ def test_a_console_of_one_port(kernel: str, interrupts: str, tmp_path: Path) -> 
     config = tmp_path / "console.toml"
     config.write_text('[device]\nmodel = "console"\n[console]\nbackend = "socket"\npath = "hvc0.sock"\nports = 1\n')
     sets = ["pci.msix_vectors=0"] if interrupts == "intx" else []
-    with serving(config, sets, cwd=tmp_path) as server, Guest(sockets=[server.path], kernel=kernel) as guest:
+    options = {"kernel": kernel, "append": "console=hvc0"}
+    with serving(config, sets, cwd=tmp_path) as server, Guest(sockets=[server.path], **options) as guest:
+        guest.check("echo said before anybody listened > /dev/console")
         give_login(guest, "hvc0")
         for turn in range(2):
             with connected(tmp_path / "hvc0.sock") as port:
                 terminal = Terminal.__new__(Terminal)
                 terminal.fd, terminal.seen = port.fileno(), b""
                 if turn == 0:
+                    terminal.expect(b"said before anybody listened")
                     terminal.log_in()
                 else:
                     terminal.type(b"\n")
