@@ -396,7 +396,7 @@ def test_the_windows_size_is_followed(terminal):
 
 
 @pytest.mark.parametrize(
-    "how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGSEGV, signal.SIGKILL]
+    "how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT, signal.SIGKILL]
 )
 def test_the_terminal_is_restored_whatever_ends_the_process(terminal, how):
     os.kill(terminal.pid, how)

@@ -28,6 +28,7 @@ from tests.console_rig import (
     tx,
 )
 from tests.doubles import settle
+from vpci.driver import Buffer
 
 TWO_PORTS = 'port = [{name = "org.vpci.data", path = "FOLDER/data.sock"}]'
 
@@ -568,6 +569,34 @@ def test_a_bad_message_is_ignored_completed_and_counted(multi, message):
     assert multi.pending(CONTROL_RX) == 0
 
 
+def test_a_driver_that_floods_the_log_is_quoted_once(multi, caplog):
+    multi.start(MULTIPORT, ports=2)
+    for _ in range(50):
+        multi.tell(0, DEVICE_READY, 0)
+        multi.tell(1, PORT_READY, 0)
+    assert len(caplog.records) == 2
+
+
+def test_a_driver_that_floods_a_queue_does_not_keep_the_host_out(multi):
+    """Chains come as fast as we can post them, and the other port's host is served all the same."""
+    multi.start_multiport(2)
+    multi.controls(3)
+    multi.tell(1, PORT_OPEN, 1)
+    multi.offer(rx(1), 1)
+    queue = multi.device.queues[CONTROL_TX]
+    at = multi.memory.alloc(8)
+    with multi.host("data.sock") as host:
+        host.send(b"let me in")
+        for _ in range(10_000):
+            while queue.in_flight < queue.ring.size:
+                queue.add([Buffer(at, 1, False)])
+            queue.kick()
+            queue.collect()
+            if multi.device.queues[rx(1)].pending:
+                break
+        assert multi.filled(rx(1)) == [b"let me in"]
+
+
 def test_a_long_message_is_read_by_its_first_bytes(multi):
     multi.start(MULTIPORT, ports=2)
     multi.offer(CONTROL_RX, 8, 64)
@@ -582,8 +611,6 @@ def test_a_buffer_that_is_too_small_is_not_overrun(multi, size):
     multi.tell(1, PORT_READY, 1)
     gpa = multi.memory.alloc(64)
     multi.memory.fill(gpa, 64, 0xEE)
-    from vpci.driver import Buffer
-
     multi.device.queues[CONTROL_RX].add([Buffer(gpa, size, True)])
     multi.device.queues[CONTROL_RX].kick()
     assert multi.device.wait_used(multi.device.queues[CONTROL_RX])

@@ -249,6 +249,7 @@ class ConsoleModel(Model):
         self._device_ready = False
         self._control: deque[Control] = deque()  # for the driver
         self._emergency: deque[bytes] = deque(maxlen=EMERGENCY_BYTES)
+        self._warned: set[str] = set()
         self._leaving: list[Port] = []  # removed, to be closed by the model's thread
         self._removed: set[int] = set()  # ports whose driver may still send
         self.counters: Counter[str] = Counter(
@@ -565,7 +566,7 @@ class ConsoleModel(Model):
     def _on_device_ready(self, works: bool) -> None:
         self._device_ready = works
         if not works:
-            log.warning("the driver says that it cannot use the console")
+            self._warn_once("the driver says that it cannot use the console")
             return
         for index in sorted(self.ports):
             self._send(Control(index, console.PORT_ADD))
@@ -573,7 +574,7 @@ class ConsoleModel(Model):
     def _on_port_ready(self, port: Port, works: bool) -> None:
         port.ready = works
         if not works:
-            log.warning("the driver says that it cannot use port %d", port.index)
+            self._warn_once(f"the driver says that it cannot use port {port.index}")
             return
         if port.is_console:
             self._send(Control(port.index, console.CONSOLE_PORT, 1))
@@ -593,6 +594,12 @@ class ConsoleModel(Model):
             port.told_open = is_open
             self._send(Control(port.index, console.PORT_OPEN, int(is_open)))
 
+    def _warn_once(self, text: str) -> None:
+        """A driver may cause it as often as it likes; it is said once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning("%s", text)
+
     def _send_size(self, port: Port) -> None:
         cols, rows = self._size_of_port0() if port.index == 0 else port.size or port.line_size or (0, 0)
         if not (port.ready and port.is_console and cols):
@@ -607,10 +614,7 @@ class ConsoleModel(Model):
             return
         if len(self._control) >= MAX_CONTROL_MESSAGES:
             self.counters["dropped_control"] += 1
-            if self.counters["dropped_control"] == 1:
-                log.warning(
-                    "the driver takes no control messages; new ones are dropped beyond %d", MAX_CONTROL_MESSAGES
-                )
+            self._warn_once(f"the driver takes no control messages; beyond {MAX_CONTROL_MESSAGES} new ones are dropped")
             return
         self._control.append(message)
 

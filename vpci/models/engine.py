@@ -251,7 +251,10 @@ class EventEngine(PythonEngine):
         wait: float | None = 0
         while (count := self._take(taken, wait)) >= 0:
             self._serve_batch([PythonChain(taken[index]) for index in range(count)])
-            wait = 0 if count == BATCH else self._turn()
+            again = (
+                self._turn()
+            )  # after each batch: a driver that floods a queue must not keep the model from its events
+            wait = 0 if count == BATCH else again
 
     def _take(self, taken: Any, wait: float | None) -> int:
         """Wait for whatever comes first; deal with the model's events; take what chains there are. -1: closed."""
