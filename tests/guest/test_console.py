@@ -163,7 +163,9 @@ def test_a_console_and_its_ports(kernel: str, interrupts: str, mib: int, tmp_pat
 def test_a_console_of_one_port(kernel: str, interrupts: str, tmp_path: Path) -> None:
     """Without MULTIPORT, behind a socket: a login, another size by the configuration, the host's side gone and back."""
     config = tmp_path / "console.toml"
-    config.write_text('[device]\nmodel = "console"\n[console]\nbackend = "socket"\npath = "hvc0.sock"\nports = 1\n')
+    config.write_text(
+        '[device]\nmodel = "console"\n[console]\nbackend = "socket"\npath = "hvc0.sock"\nports = 1\npatience = 1.0\n'
+    )
     sets = ["pci.msix_vectors=0"] if interrupts == "intx" else []
     options = {"kernel": kernel, "append": "console=hvc0"}
     with serving(config, sets, cwd=tmp_path) as server, Guest(sockets=[server.path], **options) as guest:
@@ -183,6 +185,12 @@ def test_a_console_of_one_port(kernel: str, interrupts: str, tmp_path: Path) -> 
         ask(str(server.path), "resize", ["132", "43"])
         wait_in(guest, '[ "$(stty -F /dev/hvc0 size)" = "43 132" ]')
         guest.check("dd if=/dev/zero of=/dev/hvc0 bs=64k count=64 2>&1", timeout=120)  # nobody is there: nothing hangs
-        assert ask(str(server.path), "ports")["ports"][0]["dropped"] > 0
+        dropped = ask(str(server.path), "ports")["ports"][0]["dropped"]
+        assert dropped > 0
+        with connected(
+            tmp_path / "hvc0.sock"
+        ):  # somebody is there and reads nothing: the guest waits, but not for ever
+            guest.check("dd if=/dev/zero of=/dev/hvc0 bs=64k count=64 2>&1", timeout=120)
+            assert ask(str(server.path), "ports")["ports"][0]["dropped"] > dropped
         lines = guest.check("grep virtio0 /proc/interrupts").text
         assert ("MSI" in lines) == (interrupts == "msix"), lines

@@ -317,3 +317,10 @@ def test_a_wrong_console_never_starts(make, tmp_path, key, value, words):
 def test_multiport_is_not_to_be_had_by_offering_the_bit(make):
     with pytest.raises(ConfigError, match=r"console\.ports"):
         make(CONSOLE + "ports = 1", 'features.offer=["MULTIPORT"]')
+
+
+def test_a_backend_from_elsewhere_is_found_by_module_and_class(make):
+    _, _, model = make(CONSOLE, 'console.backend="unit_models:NullLine"')
+    assert type(model.ports[0].line).__name__ == "NullLine"
+    with pytest.raises(ConfigError, match=r"console\.backend"):
+        make(CONSOLE, 'console.backend="unit_models:NoSuchLine"')
