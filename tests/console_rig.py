@@ -7,7 +7,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vpci.build import make_function
 from vpci.config import load
 from vpci.driver import Buffer, Device, Memory
 from vpci.driver.memory import DEFAULT_BASE, adjacent
+from vpci.models.base import Chain
 from vpci.models.console import ConsoleModel
 from vpci.vfu.client import Client
 from vpci.vfu.server import Server
@@ -190,8 +191,10 @@ class WatchedModel(ConsoleModel):
     """The console, which also says when its thread has gone round or it was reset, and whose thread may be held up."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.turned, self.was_reset, self.go, self.stands = (threading.Event() for _ in range(4))
+        self.turned, self.was_reset, self.stands = (threading.Event() for _ in range(3))
+        self.go, self.go_on = threading.Event(), threading.Event()
         self.go.set()
+        self.go_on.set()
         super().__init__(*arguments)
 
     def turn(self) -> float | None:
@@ -201,6 +204,10 @@ class WatchedModel(ConsoleModel):
             self.stands.set()
             assert self.go.wait(DEADLINE_S)
         return again
+
+    def serve(self, chains: Sequence[Chain]) -> None:
+        super().serve(chains)
+        assert self.go_on.wait(DEADLINE_S)  # used by now, and no turn yet
 
     def hold(self) -> None:
         """Keep the thread from serving anything until `go` is set."""

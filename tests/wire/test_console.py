@@ -476,6 +476,25 @@ def test_data_is_held_until_the_guest_opens_the_port(multi):
         assert multi.filled(rx(1)) == [b"between"]
 
 
+def test_a_port_that_was_closed_gets_nothing_from_the_moment_that_the_driver_knows(multi):
+    """Data waits for buffers while the driver closes the port; those that it offers then stay its own."""
+    multi.start_multiport(2)
+    multi.controls(3)
+    multi.tell(1, PORT_OPEN, 1)
+    with multi.host("data.sock") as host:
+        host.send(b"late")
+        assert multi.device.wait_until(lambda: multi.model.port_states()[1]["waiting"] == 4)
+        multi.settle()
+        multi.model.go_on.clear()
+        multi.tell(1, PORT_OPEN, 0)
+        multi.offer(rx(1), 1)
+        settle(multi.device.client)
+        multi.model.go_on.set()
+        assert multi.pending(rx(1)) == 0
+        multi.tell(1, PORT_OPEN, 1)
+        assert multi.filled(rx(1)) == [b"late"]
+
+
 def test_every_port_has_its_own_bytes(multi):
     multi.start_multiport(2)
     for port in (0, 1):

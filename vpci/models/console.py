@@ -60,7 +60,9 @@ _BACKEND = Meta(
     '"file": output is appended, no input. "stdio": this terminal; Ctrl-A x ends vpci. "ring": the last 64 KiB in '
     "memory. Or an entry point of vpci.console_backends."
 )
-_PATH = Meta(description="The link, socket or file. Absent: console-portN with .pty, .sock or .log.")
+_PATH = Meta(
+    description="The link, socket or file. Absent: console-portN with .pty, .sock or .log.", examples=["console.pty"]
+)
 
 
 class PortSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
