@@ -567,6 +567,16 @@ def test_a_port_that_came_back_is_used_again(multi):
         assert multi.control()[:3] == (1, PORT_OPEN, 0)
 
 
+def test_what_a_driver_says_of_a_port_that_just_went_is_no_fault_of_its(multi):
+    multi.start_multiport(2)
+    multi.controls(3)
+    multi.model.remove_port(1)
+    multi.tell(1, PORT_OPEN, 0)
+    assert multi.model.stats()["bad_control"] == 0
+    assert multi.controls(1) == [(1, PORT_REMOVE, 0, b"")]
+    assert multi.pending(CONTROL_RX) == 0
+
+
 BAD = {
     "7 bytes": struct.pack("<IHB", 0, 0, 1),
     "nothing": b"",

@@ -563,7 +563,7 @@ class ConsoleModel(Model):
         port = self.ports.get(index)
         if port is not None:
             _ON_CONTROL[event](self, port, bool(value))
-        return port is not None
+        return port is not None or index in self._removed  # it went while the driver spoke of it
 
     def _on_device_ready(self, works: bool) -> None:
         self._device_ready = works
