@@ -192,9 +192,9 @@ class WatchedModel(ConsoleModel):
 
     def __init__(self, *arguments: Any) -> None:
         self.turned, self.was_reset, self.stands = (threading.Event() for _ in range(3))
-        self.go, self.go_on = threading.Event(), threading.Event()
+        self.go = threading.Event()
         self.go.set()
-        self.go_on.set()
+        self.step: threading.Semaphore | None = None  # what each batch has to wait for at its end
         super().__init__(*arguments)
 
     def turn(self) -> float | None:
@@ -207,7 +207,7 @@ class WatchedModel(ConsoleModel):
 
     def serve(self, chains: Sequence[Chain]) -> None:
         super().serve(chains)
-        assert self.go_on.wait(DEADLINE_S)  # used by now, and no turn yet
+        assert self.step is None or self.step.acquire(timeout=DEADLINE_S)
 
     def hold(self) -> None:
         """Keep the thread from serving anything until `go` is set."""

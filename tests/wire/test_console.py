@@ -431,6 +431,24 @@ def test_messages_wait_in_order_for_buffers(multi):
     assert got[4][3] == b"org.vpci.data"
 
 
+def test_one_message_takes_one_buffer(multi):
+    """Also when it is on its way while the driver speaks: a second buffer would come back empty."""
+    multi.start(MULTIPORT, ports=2)
+    multi.model.step = step = threading.Semaphore(0)
+    multi.tell(1, PORT_READY, 1)  # its name needs a buffer, and there is none yet
+    multi.post(CONTROL_TX, struct.pack("<IHH", 1, PORT_OPEN, 1))
+    multi.offer(CONTROL_RX, 4, 64)
+    settle(multi.device.client)
+    step.release()  # both are taken at once, and the driver's message is served first
+    assert multi.device.wait_used(multi.device.queues[CONTROL_TX])
+    settle(multi.device.client)
+    assert multi.server.queue_stats()[CONTROL_RX]["in_flight"] == 1
+    multi.model.step = None
+    step.release()
+    assert multi.control() == (1, PORT_NAME, 1, b"org.vpci.data")
+    assert multi.pending(CONTROL_RX) == 0
+
+
 def test_a_port_that_is_ready_hears_what_it_is(multi):
     with multi.host("data.sock"):
         assert multi.device.wait_until(lambda: multi.model.port_states()[1]["host_open"])
@@ -485,11 +503,12 @@ def test_a_port_that_was_closed_gets_nothing_from_the_moment_that_the_driver_kno
         host.send(b"late")
         assert multi.device.wait_until(lambda: multi.model.port_states()[1]["waiting"] == 4)
         multi.settle()
-        multi.model.go_on.clear()
+        multi.model.step = step = threading.Semaphore(0)
         multi.tell(1, PORT_OPEN, 0)
         multi.offer(rx(1), 1)
         settle(multi.device.client)
-        multi.model.go_on.set()
+        multi.model.step = None
+        step.release()
         assert multi.pending(rx(1)) == 0
         multi.tell(1, PORT_OPEN, 1)
         assert multi.filled(rx(1)) == [b"late"]

@@ -266,14 +266,20 @@ class EventEngine(PythonEngine):
         return int(lib.vpci_handoff_take(self.state, taken, BATCH, 0))
 
     def _serve_batch(self, chains: list[PythonChain]) -> None:
-        with self._lock:
-            for chain in chains:
-                self._credit[chain.queue] -= chain.cost
-        super()._serve_batch([chain for chain in chains if chain.life > self._stale or not self._drop(chain)])
+        for chain in chains:
+            if chain.life <= self._stale:
+                self._count([chain])
+                chain.complete()
+        super()._serve_batch([chain for chain in chains if not chain.is_complete])
 
-    def _drop(self, chain: PythonChain) -> bool:
-        chain.complete()
-        return True
+    def _serve(self, batch: list[PythonChain]) -> None:
+        self._count(batch)  # not before: want() may be called for this queue while another's chains are served
+        super()._serve(batch)
+
+    def _count(self, chains: list[PythonChain]) -> None:
+        """Chains of one queue have come to the model."""
+        with self._lock:
+            self._credit[chains[0].queue] -= sum(chain.cost for chain in chains)
 
     def _turn(self) -> float | None:
         again: list[float | None] = [1.0]  # after a failure: not at once
