@@ -4,6 +4,7 @@
 #include "core.h"
 
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -56,7 +57,7 @@ static const struct {
 struct lane {
     pthread_mutex_t lock;
     handle *h;
-    int fd;
+    int fd;             /* our own name of its socket: libnbd closes its when a connection breaks */
 };
 
 struct vpci_nbd {
@@ -110,7 +111,7 @@ static bool connect_lane(struct vpci_nbd *n, const char *uri, int64_t until, cha
     if (h && !n->lib.aio_connect_uri(h, uri) && await_ready(&n->lib, h, until)) {
         pthread_mutex_init(&lane->lock, NULL);
         lane->h = h;
-        lane->fd = n->lib.aio_get_fd(h);
+        lane->fd = fcntl(n->lib.aio_get_fd(h), F_DUPFD_CLOEXEC, 0);
         n->n_lanes++;
         return true;
     }
@@ -163,6 +164,7 @@ void vpci_nbd_close(vpci_nbd *n)
 {
     for (uint32_t i = 0; i < n->n_lanes; i++) {
         n->lib.close(n->lanes[i].h);
+        close(n->lanes[i].fd);
         pthread_mutex_destroy(&n->lanes[i].lock);
     }
     free(n);
