@@ -66,6 +66,7 @@ class Terminal:
 
 
 def give_login(guest: Guest, tty: str) -> None:
+    wait_in(guest, f"stty -F /dev/{tty} > /dev/null 2>&1")  # it comes by a control message, some time after the driver
     guest.check("echo root::0:0:root:/:/bin/sh > /etc/passwd; echo root:x:0: > /etc/group")
     guest.check(f"(setsid getty -L 0 {tty} vt100 < /dev/null > /dev/null 2>&1 &)")
 
