@@ -144,7 +144,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     "config": (
         "print a commented sample configuration",
         "vpci config blk > blk.toml",
-        [("model", {"metavar": "MODEL", "help": "blk, an entry point of vpci.models, or module:Class"})],
+        [("model", {"metavar": "MODEL", "help": "blk, console, an entry point of vpci.models, or module:Class"})],
     ),
     "drive": (
         "be the driver of the device at a socket: show what is there, or do a job; without a job it writes nothing",

@@ -32,7 +32,7 @@ class DeviceSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which device is served, by which rules, and where."""
 
     model: Annotated[
-        str, Meta(description='The device model: "blk", an entry point of vpci.models, or "module:Class".')
+        str, Meta(description='The device model: "blk", "console", an entry point of vpci.models, or "module:Class".')
     ]
     dialect: Annotated[
         str,
@@ -282,11 +282,12 @@ def _explained(section: str, struct: type[msgspec.Struct], values: Mapping[str, 
     """msgspec's error in our form: section.key, what was got, what is allowed."""
     from vpci import config_text
 
-    if match := _UNKNOWN.search(text):
+    inside = _PATH.search(text)
+    if (match := _UNKNOWN.search(text)) and not inside:
         known = list(struct.__struct_fields__)
         hint = _near(match[1], known)
         return ConfigError("", f"{section}.{match[1]}", match[1], f"the keys {', '.join(known) or '(none)'}", hint)
-    if match := _MISSING.search(text) or _PATH.search(text):
+    if match := inside or _MISSING.search(text):
         key = match[1]
         return ConfigError("", f"{section}.{key}", values.get(key, "nothing"), config_text.allowed(struct, key))
     return ConfigError("", section, values, text)

@@ -55,7 +55,11 @@ def _default(field: inspect.Field) -> Any:
 
 
 def toml_value(value: object) -> str:
-    """A string, number, truth or list of them as TOML; JSON writes these in the same way."""
+    """A string, number or truth, a list or a table of them as TOML; JSON writes all but tables in the same way."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())}}}"
     return json.dumps(value)
 
 
@@ -106,6 +110,8 @@ _TYPE_TEXTS: dict[type[inspect.Type], Callable[[Any], str]] = {
     inspect.StrType: _str_text,
     inspect.BoolType: lambda kind: "true or false",
     inspect.LiteralType: lambda kind: " or ".join(json.dumps(value) for value in kind.values),
+    inspect.FloatType: _int_text,
+    inspect.StructType: lambda kind: f"a table with {', '.join(field.encode_name for field in kind.fields)}",
     inspect.UnionType: _union_text,
     inspect.ListType: lambda kind: f"a list of: {_type_text(kind.item_type)}",
 }

@@ -245,8 +245,9 @@ def test_an_entry_point_is_found(monkeypatch):
 def test_every_key_of_every_section_has_a_description():
     from vpci.config import SECTIONS
     from vpci.models.blk import BlkSection
+    from vpci.models.console import ConsoleSection, PortSection
 
-    for struct in (*SECTIONS.values(), BlkSection):
+    for struct in (*SECTIONS.values(), BlkSection, ConsoleSection, PortSection):
         for field in msgspec.inspect.type_info(struct).fields:
             assert (field.type.extra_json_schema or {}).get("description"), (struct, field.name)
 
@@ -261,10 +262,82 @@ def test_a_set_for_one_model_reaches_its_files_and_any_other_set_all(tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("blk.toml").write_text(BASIC)
     Path("other.toml").write_text('[device]\nmodel = "tests.unit.unit_models:BlkLike"\n')
-    blk, other = load_all(["blk.toml", "other.toml"], ["blk:blk.size=2M", "pci.msix_vectors=5", "blk:device.dialect=v0.8"])
+    blk, other = load_all(
+        ["blk.toml", "other.toml"], ["blk:blk.size=2M", "pci.msix_vectors=5", "blk:device.dialect=v0.8"]
+    )
     assert (blk.section.size, blk.device.dialect, other.device.dialect) == ("2M", "v0.8", "patchv2")
     assert blk.pci.msix_vectors == other.pci.msix_vectors == 5
     with pytest.raises(ConfigError, match=r"--set net:net.mtu=1: got 'net', allowed: a model of one of the files: blk"):
         load_all(["blk.toml"], ["net:net.mtu=1"])
     with pytest.raises(ConfigError, match=r"--set blk.num_queues=0: blk.num_queues"):
         load_all(["blk.toml"], ["blk:blk.num_queues=0"])
+
+
+# -- the console ------------------------------------------------------------------------------------------------------
+
+CONSOLE = '[device]\nmodel = "console"\n[console]\nbackend = "ring"\n'
+
+
+def test_the_shipped_console_starts_without_root(tmp_path):
+    config = load(REPO / "configs" / "console.toml")
+    function, device, model = make_function(config)
+    assert (function.n_vectors, len(device.queues), sorted(model.ports)) == (2, 10, [0, 1, 2])
+    assert os.readlink("console.pty").startswith("/dev/pts/")
+    assert Path("data.sock").is_socket()
+    model.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_printed_console_can_be_loaded():
+    Path("x.toml").write_text(sample("console"))
+    function, _, model = make_function(load("x.toml"))
+    model.close()
+    assert function.n_vectors == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "bits", "queues"),
+    [
+        ("ports = 1", 0b101, 2),
+        ("ports = 1\nmultiport = true", 0b111, 4),
+        ("", 0b111, 10),
+        ("multiport = false", 0b101, 2),
+    ],
+)
+def test_multiport_follows_from_the_ports(make, more, bits, queues):
+    _, device, _ = make(CONSOLE + more)
+    assert (device.features.offered & 0xFFFFFF, len(device.queues)) == (bits, queues)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("port", '[{nme = "x"}]', "a table with name, backend, path, console"),
+        ("port", "[{backend = 3}]", "a table with name, backend, path, console"),
+        ("port", "[{}, {}, {}, {}]", "3 ports or fewer"),
+        ("backlog", '"lots"', "64M"),
+        ("backlog", "100", "4096 bytes or more"),
+        ("backend", '"nope"', "pty, socket, file, stdio, ring"),
+        ("patience", "-1", "a number"),
+        ("cols", "0", "a number from 1 to 65535"),
+        ("prots", "3", "did you mean port"),
+    ],
+)
+def test_a_wrong_console_never_starts(make, tmp_path, key, value, words):
+    with pytest.raises(ConfigError) as caught:
+        make(CONSOLE, f"console.{key}={value}")
+    assert caught.value.key == f"console.{key}"
+    assert words in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.toml"]
+
+
+def test_multiport_is_not_to_be_had_by_offering_the_bit(make):
+    with pytest.raises(ConfigError, match=r"console\.ports"):
+        make(CONSOLE + "ports = 1", 'features.offer=["MULTIPORT"]')
+
+
+def test_a_backend_from_elsewhere_is_found_by_module_and_class(make):
+    _, _, model = make(CONSOLE, 'console.backend="unit_models:NullLine"')
+    assert type(model.ports[0].line).__name__ == "NullLine"
+    with pytest.raises(ConfigError, match=r"console\.backend"):
+        make(CONSOLE, 'console.backend="unit_models:NoSuchLine"')

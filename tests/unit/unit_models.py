@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vpci.backends.tty import Line
 from vpci.models.base import ConfigField, Identity, Model, QueueSpec
 from vpci.regs import find_layout
 from vpci.spec import blk
@@ -72,3 +73,10 @@ def make_device(
     """A device with 4 MSI-X vectors and no PCI function around it."""
     chosen = DeviceSettings(**{"n_vectors": 4, **settings})
     return Device(model(None), find_dialect(dialect), find_layout(str(layout)), chosen)
+
+
+class NullLine(Line):
+    """A host side where nobody ever is."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()

@@ -10,7 +10,7 @@ from typing import Any
 
 from vpci import config as configuration
 from vpci.commands.output import Output
-from vpci.commands.serve import make_server, stop
+from vpci.commands.serve import check_terminal, make_server, stop
 from vpci.config import Config
 from vpci.ctl import Ctl
 from vpci.errors import ConfigError
@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     out = Output(args.json)
     configs = configuration.load_all(args.config, args.sets)
     options = {"kernel": args.kernel, "machine": args.machine, "memory_mib": args.memory, "append": args.append}
+    check_terminal(configs, "--json" if args.json else "--interactive" if args.interactive else "")
     with served(configs, out) as servers:
         with booted(servers, out, interactive=args.interactive, **options) as guest:
             status = guest.wait() if args.interactive else _run(guest, args.run, servers, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 from vpci import config as configuration
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # before any thread is made: all inherit it
     out = Output(args.json)
     configs = configuration.load_all(args.config, sets_of(args))
+    check_terminal(configs, "--json" if args.json else "")
     if args.socket and len(configs) > 1:
         raise ConfigError("", "--socket", args.socket, "one CONFIG only, for a socket serves one device")
     servers: list[Server] = []
@@ -92,6 +94,13 @@ def make_server(config: Config, socket: str | None, out: Output, label: bool = F
     except BaseException:
         model.close()
         raise
+
+
+def check_terminal(configs: Sequence[Config], other: str) -> None:
+    """ConfigError when more than one wants stdin and stdout: devices, and the option `other` if it is given."""
+    wanted = [config.file for config in configs if config.model_type.takes_terminal(config.section)]
+    if wanted and len(wanted) + bool(other) > 1:
+        raise ConfigError("", other or wanted[-1], "stdio", "one console on stdio: it has the terminal to itself")
 
 
 def stop(server: Server, out: Output, why: str, guest_runs: bool = True) -> int:

@@ -1,4 +1,4 @@
-"""The console: queues, control messages, feature bits, configuration; the driver reads it. [v0.9.1 Console Device]
+"""The console: queues, control messages, feature bits, configuration; model and driver read it. [v0.9.1 Console Device]
 
 Names are those of [uapi virtio_console.h]. Configuration offsets are relative to the layout's config_base.
 """
@@ -20,11 +20,12 @@ FEATURE_BITS = {
     "VIRTIO_CONSOLE_F_EMERG_WRITE": F_EMERG_WRITE,
 }
 
+EMERG_WR_OFFSET = 8
 CONFIG_FIELDS = (
     ConfigField("cols", 0, 16, F_SIZE),
     ConfigField("rows", 2, 16, F_SIZE),
     ConfigField("max_nr_ports", 4, 32, F_MULTIPORT),
-    ConfigField("emerg_wr", 8, 32, F_EMERG_WRITE, writable=True),
+    ConfigField("emerg_wr", EMERG_WR_OFFSET, 32, F_EMERG_WRITE, writable=True),
 )
 CONFIG_SIZE = 12
 
@@ -43,3 +44,8 @@ PORT_NAME = 7
 def port_queues(port: int) -> tuple[int, int]:
     """(rx, tx) of a port: those of the control queues lie between port 0's and the others'."""
     return (RX_QUEUE, TX_QUEUE) if port == 0 else (2 * port + 2, 2 * port + 3)
+
+
+def port_of(queue: int) -> int:
+    """The port that a queue belongs to, which is not one of the control queues."""
+    return max(0, queue // 2 - 1)

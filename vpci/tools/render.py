@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +191,22 @@ def operations(result: Mapping[str, Any]) -> None:
     for name, row in result.items():
         table.add_row(name, " ".join(row["arguments"]), row["about"])
     show(console(), table)
+
+
+def ports(result: Mapping[str, Any]) -> None:
+    """The ports of a console: who is there, and what went through."""
+    counts = ("backlog", "waiting", "from_guest", "to_guest", "dropped")
+    table = _table("ports", "port", "name", "kind", "host", "guest", *counts, right=("port", *counts))
+    for port in result["ports"]:
+        kind = "terminal" if port["console"] else "data"
+        sides = ["open" if port[side] else "-" for side in ("host_open", "guest_open")]
+        table.add_row(str(port["port"]), Text(port["name"] or "-"), kind, *sides, *(str(port[name]) for name in counts))
+    show(console(), table)
+
+
+def output(result: Mapping[str, Any]) -> None:
+    """What a console has kept, as it is."""
+    sys.stdout.write(result["output"])
 
 
 def facts(result: Mapping[str, Any]) -> None:

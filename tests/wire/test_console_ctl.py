@@ -1,0 +1,101 @@
+"""A console's operations on the control socket: `vpci ctl` adds, removes and resizes ports while a driver uses them."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+
+from tests.console_rig import PORT_ADD, PORT_NAME, PORT_OPEN, PORT_READY, PORT_REMOVE, RESIZE, console
+from vpci.cli import main
+from vpci.ctl import Ctl, ask
+from vpci.errors import BackendError
+
+
+@pytest.fixture
+def multi(tmp_path):
+    with console(tmp_path, 'port = [{name = "kept", backend = "ring"}]') as made:
+        Ctl(made.server).start()
+        yield made
+
+
+def test_a_port_is_added_used_and_removed(multi):
+    multi.start_multiport(4)
+    multi.controls(4)
+    path = str(multi.folder / "more.sock")
+    assert ask(multi.server.path, "port-add", ["more", "socket", path]) == {"port": 2}
+    assert multi.control()[:2] == (2, PORT_ADD)
+    multi.tell(2, PORT_READY, 1)
+    assert multi.control() == (2, PORT_NAME, 1, b"more")
+    multi.tell(2, PORT_OPEN, 1)
+    with multi.host("more.sock") as host:
+        multi.write(2, b"out")
+        assert host.read(3) == b"out"
+        assert multi.control()[:3] == (2, PORT_OPEN, 1)
+        ports = ask(multi.server.path, "ports")["ports"]
+        assert [(port["port"], port["name"], port["host_open"], port["guest_open"]) for port in ports] == [
+            (0, "", False, False), (1, "kept", True, False), (2, "more", True, True),
+        ]  # fmt: skip
+        assert ask(multi.server.path, "port-remove", ["2"]) == {"port": 2}
+        assert host.socket.recv(1) == b""
+    assert multi.control()[:2] == (2, PORT_REMOVE)
+
+
+def test_a_resize_is_told_and_answered(multi):
+    multi.start_multiport(4, msix=2)
+    multi.controls(4)
+    assert ask(multi.server.path, "resize", ["132", "43"]) == {"port": 0, "cols": 132, "rows": 43}
+    assert multi.control() == (0, RESIZE, 0, struct.pack("<HH", 132, 43))
+    assert multi.device.client.wait(multi.device.vector_fds[0])
+    assert multi.device.config_read(0, 4) == struct.pack("<HH", 132, 43)
+
+
+def test_kept_output_is_shown_as_it_is(multi, capsys):
+    multi.start_multiport(4)
+    multi.write(1, b"panic: [bold]no[/bold]\n")
+    multi.settle()
+    assert main(["ctl", multi.server.path, "output", "1"]) == 0
+    assert capsys.readouterr().out == "panic: [bold]no[/bold]\n"
+    assert main(["ctl", multi.server.path, "ports"]) == 0
+    shown = capsys.readouterr().out
+    assert "kept" in shown
+    assert "terminal" in shown
+    assert main(["ctl", multi.server.path, "ports", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ports"][1]["from_guest"] == 23
+
+
+@pytest.mark.parametrize(
+    ("operation", "words"),
+    [
+        (["port-remove", "3"], "a port that is there: 0, 1"),
+        (["port-remove", "x"], "a number"),
+        (["port-add", "n", "nope", "-"], "pty, socket, file, stdio, ring"),
+        (["port-add", "a\0b", "ring", "-"], "control character"),
+        (["port-add", "n", "socket", "/no/such/folder/s"], "cannot listen on the socket"),
+        (["resize", "0", "24"], "a number from 1 to 65535"),
+        (["resize", "80", "65536"], "a number from 1 to 65535"),
+        (["port-resize", "9", "80", "24"], "a port that is there"),
+    ],
+)
+def test_a_wrong_operation_changes_nothing(multi, operation, words):
+    before = ask(multi.server.path, "ports")
+    with pytest.raises(BackendError) as caught:
+        ask(multi.server.path, operation[0], operation[1:])
+    assert words in str(caught.value)
+    assert ask(multi.server.path, "ports") == before
+
+
+def test_there_are_no_more_ports_than_were_said(multi):
+    for index in (2, 3):
+        assert ask(multi.server.path, "port-add", ["", "ring", "-"]) == {"port": index}
+    with pytest.raises(BackendError, match=r"4 ports \(console\.ports\)"):
+        ask(multi.server.path, "port-add", ["", "ring", "-"])
+
+
+def test_one_port_is_all_there_is_without_multiport(tmp_path):
+    with console(tmp_path, "ports = 1") as single:
+        Ctl(single.server).start()
+        for operation in (["port-remove", "0"], ["port-add", "n", "ring", "-"]):
+            with pytest.raises(BackendError, match=r"MULTIPORT|1 ports"):
+                ask(single.server.path, operation[0], operation[1:])
