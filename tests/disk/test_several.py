@@ -31,7 +31,7 @@ def write_configs(folder: Path, n: int) -> list[str]:
 
 
 def serve(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "vpci", "serve", *arguments, "--json"]
+    command = [sys.executable, "-P", "-m", "vpci", "serve", *arguments, "--json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment(), **pipes)  # type: ignore[call-overload,no-any-return]
 

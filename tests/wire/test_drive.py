@@ -101,14 +101,15 @@ def test_it_shows_identity_registers_features_queues_and_configuration(drive, bl
     places = {row["name"]: (row["offset"], row["width"]) for row in seen["header"]["registers"]}
     assert places["queue_notify"] == (16, 2)
     assert (seen["header"]["config_base"], seen["header"]["msix"], seen["header"]["hi"]) == (20, False, False)
-    assert seen["features"]["offered_word"] == "0x00000000f1001244"
+    assert seen["features"]["offered_word"] == "0x00000000f1007e54"
     assert "VIRTIO_BLK_F_FLUSH" in seen["features"]["offered"]
     assert (seen["features"]["acked"], seen["features"]["hi_seen"]) == ([], False)
     assert seen["queues"] == [
         {"index": 0, "size": 256, "ioeventfd": True},
         {"index": 1, "size": None, "ioeventfd": True},
     ]
-    assert seen["config"] == {"capacity": SIZE // SECTOR, "seg_max": 254, "blk_size": 512, "num_queues": 2}
+    told = {name: seen["config"][name] for name in ("capacity", "seg_max", "blk_size", "num_queues")}
+    assert told == {"capacity": SIZE // SECTOR, "seg_max": 254, "blk_size": 512, "num_queues": 2}
     assert (seen["status"], seen["vectors"]) == ([], 3)
 
 
@@ -116,8 +117,8 @@ def test_the_same_is_a_table_for_people(drive, blk):
     status, out, _ = drive(blk)
     text = out.decode()
     assert status == 0
-    for words in ("queue_notify              16      2  RW", "VIRTIO_BLK_F_FLUSH", "capacity     2048", "--probe"):
-        assert words in text
+    for words in ("queue_notify 16 2 RW", "VIRTIO_BLK_F_FLUSH", "capacity 2048", "--probe"):
+        assert words in " ".join(text.split())
     assert "\x1b" not in text
 
 
@@ -132,7 +133,7 @@ def test_without_a_job_nothing_is_written(drive, sent, request, fixture):
 def test_a_probe_writes_two_registers_and_puts_them_back(drive, blk, sent):
     seen = show(drive, blk, "--probe")
     assert [queue["size"] for queue in seen["queues"]] == [256, 256]
-    assert seen["features"]["offered_word"] == "0x00000001f1001244"
+    assert seen["features"]["offered_word"] == "0x00000001f1007e54"
     assert seen["features"]["hi_seen"]
     assert {offset for command, offset in sent if command == "REGION_WRITE"} == {4, 14}
     assert {command for command, _ in sent} <= READING | {"REGION_WRITE"}
@@ -176,7 +177,7 @@ def test_a_whole_disk_goes_into_a_file(drive, blk, tmp_path):
 
 
 def test_a_disk_is_written_from_stdin(blk):
-    command = [sys.executable, "-m", "vpci", "drive", str(blk.path), "write", "-"]
+    command = [sys.executable, "-P", "-m", "vpci", "drive", str(blk.path), "write", "-"]
     subprocess.run(command, input=b"from a pipe", check=True, env=environment(), timeout=60)
     assert (blk.cwd / "disk.img").read_bytes()[:11] == b"from a pipe"
 
@@ -264,7 +265,7 @@ def test_a_pcap_file_of_the_other_byte_order_is_read():
 
 @pytest.mark.parametrize("port", [0, 1])
 def test_words_go_to_a_port_and_its_answer_to_stdout(console, port):
-    command = [sys.executable, "-m", "vpci", "drive", str(console.path), "talk", "--port", str(port), "--quiet", "0.2"]
+    command = [sys.executable, "-P", "-m", "vpci", "drive", str(console.path), "talk", "--port", str(port), "--quiet", "0.2"]
     done = subprocess.run(command, input=b"hello\n", capture_output=True, env=environment(), timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"HELLO\n", b"")
 

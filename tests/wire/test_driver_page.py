@@ -27,7 +27,7 @@ def test_each_example_runs_as_it_stands(serve, monkeypatch, capsys, number):
     exec(compile(EXAMPLES[number], f"docs/driver.md, example {number}", "exec"), {})
     printed = capsys.readouterr().out
     assert re.fullmatch(
-        (r"0x1001 0xf1000244\n\d+/s, p50 [\d.]+ us, p99 [\d.]+ us, \d+ kicks\n", r"0 7\n")[number], printed
+        (r"0x1001 0xf1006e54\n\d+/s, p50 [\d.]+ us, p99 [\d.]+ us, \d+ kicks\n", r"0 7\n")[number], printed
     )
 
 
