@@ -55,9 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Checked:
-    """All cases on the sample disk."""
-    return check(CONFIG, "--junit", "check.xml", cwd=folder)
+def whole(folder: Path, transport: str) -> Checked:
+    """All cases on the sample disk, through either transport."""
+    return check(CONFIG, "--junit", "check.xml", "--set", f"device.transport={transport!r}", cwd=folder)
 
 
 # -- our disk --------------------------------------------------------------------------------------------------------

@@ -167,7 +167,6 @@ def k11(g: Guest) -> None:
       Need(queues=2, vectors=3, sets={"pci.fail_vectors": 2}), Need(queues=2, vectors=3, sets={"pci.fail_vectors": 1}))  # fmt: skip
 def k12(g: Guest) -> None:
     limit = int(g.need.sets["pci.fail_vectors"])
-    intx = g.intx()
     fds = [g.vector(n) for n in range(3)]
     g.msix()
     g.ack()
@@ -178,8 +177,9 @@ def k12(g: Guest) -> None:
     g.driver_ok()
     if not works:
         g.msix(False)
+    left = fds[1] if works else g.intx()  # one index at a time has eventfds, as a VMM does it
     rings[0].works()
-    g.interrupts(fds[1] if works else intx, 1, "with what was left")
+    g.interrupts(left, 1, "with what was left")
 
 
 def _map(g: Guest, config: int, queues: tuple[int, ...]) -> list[int]:
