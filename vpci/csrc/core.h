@@ -109,6 +109,8 @@ struct vpci_queue {
     uint16_t used_idx;        /* entries pushed */
     uint16_t published;       /* entries the driver can see */
     uint32_t in_flight;       /* chains popped and neither pushed nor dropped */
+    bool gated;               /* chains are fetched only against credit */
+    int64_t credit;           /* bytes of chains that the engine still asks for; the last chain may overdraw it */
     uint16_t broken;          /* enum vpci_ring_error */
     uint16_t broken_head;
     uint64_t broken_addr;

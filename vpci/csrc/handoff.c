@@ -1,13 +1,18 @@
 /* The engine of models written in Python: the pump leaves chains here, a Python thread takes them in batches and
- * finishes them with vpci_chains_done. A model that sleeps holds its own chains up and nothing else. */
-#include "core.h"
+ * finishes them with vpci_chains_done. A model that sleeps holds its own chains up and nothing else.
+ * A model that has no use for a chain before something happens elsewhere leaves it in the ring: its queue is gated, and
+ * chains come only against credit (vpci_dev_grant). */
+#include "pump.h"
 
+#include <sys/eventfd.h>
 #include <time.h>
 
 struct vpci_handoff {
     pthread_mutex_t lock;
     pthread_cond_t arrived;
     vpci_chain *first, **last;
+    int event_fd;             /* readable when chains arrive, for a taker that waits for other things too; -1: none */
+    uint64_t life;            /* grows when queues have been drained for new features, as in every reset */
     bool closed;
 };
 
@@ -23,13 +28,44 @@ vpci_handoff *vpci_handoff_new(void)
     pthread_cond_init(&h->arrived, &attr);
     pthread_condattr_destroy(&attr);
     h->last = &h->first;
+    h->event_fd = -1;
     return h;
+}
+
+int vpci_handoff_event_fd(vpci_handoff *h)
+{
+    if (h->event_fd < 0)
+        h->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    return h->event_fd < 0 ? -errno : h->event_fd;
+}
+
+static void wake(vpci_handoff *h)
+{
+    if (h->event_fd < 0)
+        return;
+    uint64_t one = 1;
+    ssize_t n = write(h->event_fd, &one, sizeof(one));   /* EAGAIN: it is awake already */
+    (void)n;
+}
+
+uint64_t vpci_handoff_life(vpci_handoff *h)
+{
+    return __atomic_load_n(&h->life, __ATOMIC_SEQ_CST);
+}
+
+/* What a chain takes off its queue's credit; more than nothing, so that the gate closes in the end. */
+static int64_t cost(const vpci_chain *chain)
+{
+    uint64_t bytes = (uint64_t)chain->out_len + chain->in_len;
+    return bytes ? (int64_t)bytes : 1;
 }
 
 void vpci_handoff_free(vpci_handoff *h)
 {
     if (!h)
         return;
+    if (h->event_fd >= 0)
+        close(h->event_fd);
     pthread_cond_destroy(&h->arrived);
     pthread_mutex_destroy(&h->lock);
     free(h);
@@ -42,12 +78,24 @@ static void serve(void *state, const vpci_host *host, vpci_chain *chain)
         host->done(chain, 0);
         return;
     }
-    pthread_mutex_lock(&h->lock);
+    chain->queue->credit -= cost(chain);
+    chain->scratch[0] = vpci_handoff_life(h);
     chain->next = NULL;
+    pthread_mutex_lock(&h->lock);
+    bool first = !h->first;
     *h->last = chain;
     h->last = &chain->next;
     pthread_cond_signal(&h->arrived);
     pthread_mutex_unlock(&h->lock);
+    if (first)
+        wake(h);
+}
+
+/* Once for each queue and after its drain: what was served before is of an older life. */
+static void features(void *state, uint64_t acked)
+{
+    (void)acked;
+    __atomic_add_fetch(&((vpci_handoff *)state)->life, 1, __ATOMIC_SEQ_CST);
 }
 
 /* What Python has not taken yet can be given up. */
@@ -64,6 +112,7 @@ static void cancel(void *state, uint32_t queue_index)
             continue;
         }
         *at = chain->next;
+        chain->queue->credit += cost(chain);   /* Python never sees it and goes on waiting for what it asked */
         chain->next = given_up;
         given_up = chain;
     }
@@ -75,7 +124,7 @@ static void cancel(void *state, uint32_t queue_index)
     }
 }
 
-static const vpci_engine engine = {.abi = VPCI_ENGINE_ABI, .serve = serve, .cancel = cancel};
+static const vpci_engine engine = {.abi = VPCI_ENGINE_ABI, .serve = serve, .cancel = cancel, .features = features};
 
 const vpci_engine *vpci_handoff_engine(void)
 {
@@ -126,6 +175,23 @@ void vpci_handoff_close(vpci_handoff *h)
     h->closed = true;
     pthread_cond_broadcast(&h->arrived);
     pthread_mutex_unlock(&h->lock);
+    wake(h);
+}
+
+/* The ring is looked at without a kick: while the gate was shut the driver was not asked for any. */
+void vpci_dev_grant(vpci_dev *dev, uint32_t queue, int64_t bytes)
+{
+    if (queue >= dev->n_queues)
+        return;
+    vpci_queue *q = dev->queues[queue];
+    pthread_mutex_lock(&dev->awake);
+    q->gated = true;
+    q->credit += bytes;
+    bool look = q->credit > 0 && q->started && !q->broken;
+    q->runnable |= look;
+    pthread_mutex_unlock(&dev->awake);
+    if (look)
+        mailbox_wake(&dev->box);
 }
 
 void vpci_chains_done(vpci_chain **chains, const uint32_t *lens, uint32_t n)

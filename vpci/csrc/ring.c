@@ -620,9 +620,14 @@ static bool something_available(vpci_queue *q)
     return n;
 }
 
+static bool is_wanted(const vpci_queue *q)
+{
+    return !q->gated || q->credit > 0;
+}
+
 static bool can_fetch(const vpci_queue *q)
 {
-    return q->started && !q->suspended && !q->broken && q->in_flight < q->size;
+    return q->started && !q->suspended && !q->broken && q->in_flight < q->size && is_wanted(q);
 }
 
 static bool next_head(vpci_queue *q, uint16_t *head)
@@ -825,7 +830,8 @@ static void idle(void *arg)
 {
     struct query *query = arg;
     vpci_queue *q = query->q;
-    if (!is_at_work(q))
+    /* Unwanted chains need no kick: whoever wants them looks at the ring (handoff.c). */
+    if (!is_at_work(q) || !is_wanted(q))
         return;
     if (q->rules & VPCI_RING_AVAIL_EVENT)
         store16(q, avail_event_off(q), q->last_avail);

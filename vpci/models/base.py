@@ -6,7 +6,7 @@ struct.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import msgspec
@@ -14,7 +14,7 @@ import msgspec
 from vpci.spec.config_field import ConfigField
 from vpci.spec.pci import Identity
 
-__all__ = ["Chain", "ConfigField", "Identity", "Model", "NoSection", "QueueSpec"]
+__all__ = ["Chain", "ConfigField", "Host", "Identity", "Model", "NoSection", "QueueSpec"]
 
 
 class QueueSpec(NamedTuple):
@@ -29,13 +29,41 @@ class Chain(Protocol):
 
     queue: int
     head: int
+    readable: int
     writable: int
 
-    def read(self) -> bytes:
-        """All device-readable bytes."""
+    def read(self, n_bytes: int | None = None) -> bytes:
+        """The first `n_bytes` device-readable bytes; None = all of them, up to 4 GiB if the guest says so."""
 
     def complete(self, data: bytes = b"") -> None:
         """Put `data` into the device-writable part (at most `writable` bytes) and give the chain back."""
+
+
+class Host(Protocol):
+    """What the data plane does for a model in Python that has events of its own (`Model.attach`)."""
+
+    def want(self, queue: int, n_bytes: int) -> None:
+        """From now on hand over chains of this queue worth `n_bytes`, then no more until the next call; any thread.
+
+        A chain is worth its readable and writable bytes, at least 1; the last one may be worth more than was left.
+        Other chains stay in the ring: they hold no memory, and a reset or an unmap does not wait for them. After its
+        first call a queue is never served without one.
+        """
+
+    def forget_chains(self) -> None:
+        """For `Model.reset`: chains of the old life that are still on their way are not to be served."""
+
+    def wake(self) -> None:
+        """Have the model's thread call `turn` soon; any thread."""
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration's bytes changed. Not while holding a lock that a hook takes."""
+
+    def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None:
+        """Have call(events) called when poll(2) reports `events`, or trouble, on `fd`; the model's thread only."""
+
+    def unwatch(self, fd: int) -> None:
+        """The end of watch(); before the fd is closed."""
 
 
 class NoSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,6 +154,20 @@ class Model:
     def serve(self, chains: Sequence[Chain]) -> None:
         """Hook of a model in Python: new chains of one queue, as a batch; each is to be completed, now or later."""
         raise NotImplementedError(f"model {self.name} has neither an engine nor serve()")
+
+    def attach(self, host: Host) -> None:
+        """Hook of a model in Python, before it is served; one that overrides it has its thread wait for events too."""
+
+    def turn(self) -> float | None:
+        """Hook of a model that overrides `attach`: its thread has dealt with all that there was.
+
+        Returns the seconds after which it is to be called again although nothing happened; None: never.
+        """
+        return None
+
+    def stats(self) -> dict[str, int]:
+        """Hook of a model in Python: its counters, by name."""
+        return {}
 
     def engine(self) -> object | None:
         """Hook of a model served in C: what the data plane needs; None = `serve` gets the chains."""

@@ -1,14 +1,18 @@
 """What serves a model's chains: vfu/server.py asks for it once, and the pump hands it every chain of the queues.
 
 A model in C names a table of operations (csrc/api/engine.h); a model in Python is served by a thread that takes
-chains in batches from the handoff engine. The pump knows the table and never the model.
+chains in batches from the handoff engine, and that waits for the model's own events if it has some. The pump knows the
+table and never the model.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import select
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from vpci._core import ffi, lib
@@ -71,10 +75,16 @@ class PythonChain:
         self.head: int = chain.head
         self.readable: int = chain.out_len
         self.writable: int = chain.in_len
+        self.life: int = chain.scratch[0]
 
-    def read(self) -> bytes:
-        """All device-readable bytes."""
-        data = bytearray(self.readable)
+    @property
+    def cost(self) -> int:
+        """What it takes off its queue's credit; handoff.c counts the same."""
+        return max(1, self.readable + self.writable)
+
+    def read(self, n_bytes: int | None = None) -> bytes:
+        """The first `n_bytes` device-readable bytes; None = all of them."""
+        data = bytearray(self.readable if n_bytes is None else min(n_bytes, self.readable))
         got = lib.vpci_chain_read(self._held(), 0, ffi.from_buffer(data), len(data))
         return bytes(data[:got])
 
@@ -115,7 +125,7 @@ class PythonEngine:
         self.state = ffi.NULL
 
     def stats(self) -> dict[str, int]:
-        return {"failures": self.failures}
+        return {"failures": self.failures, **self.model.stats()}
 
     def _run(self) -> None:
         taken = ffi.new("vpci_chain *[]", BATCH)
@@ -144,7 +154,116 @@ class PythonEngine:
                     chain.complete()
 
 
+class EventEngine(PythonEngine):
+    """Serves a model that has events of its own: one thread waits for chains and for them, and is the model's Host."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self._fd = lib.vpci_handoff_event_fd(self.state)
+        if self._fd < 0:
+            raise OSError(-self._fd, "no eventfd for the model's chains")
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+        self._calls: dict[int, Callable[[int], None]] = {}
+        self._lock = threading.Lock()  # of what follows: want() is called from any thread
+        self._credit: Counter[int] = Counter()  # by queue: asked for and not yet handed over
+        self._gated: set[int] = set()
+        self._stale = -1  # chains of this life or an older one were there before the last reset
+        self._dev: Any = ffi.NULL
+        self._config_changed: Callable[[], None] = lambda: None
+
+    def connect(self, dev: Any, config_changed: Callable[[], None]) -> None:
+        """Before start(): the device that is to be served, and what tells its driver to read the configuration."""
+        self._dev, self._config_changed = dev, config_changed
+        self.model.attach(self)
+
+    def close(self) -> None:
+        with self._lock:
+            self._dev = ffi.NULL
+        super().close()
+
+    # -- the model's Host ---------------------------------------------------------------------------------------------
+
+    def want(self, queue: int, n_bytes: int) -> None:
+        with self._lock:
+            credit = self._credit[queue]
+            half_full = 0 < n_bytes // 2 <= credit < n_bytes  # not topped up each time: it costs the pump a wake-up
+            if self._dev == ffi.NULL or (queue in self._gated and (credit == n_bytes or half_full)):
+                return
+            self._gated.add(queue)
+            self._credit[queue] = n_bytes
+            lib.vpci_dev_grant(self._dev, queue, n_bytes - credit)
+
+    def forget_chains(self) -> None:
+        self._stale = lib.vpci_handoff_life(self.state)
+
+    def wake(self) -> None:
+        with self._lock:
+            if self._dev != ffi.NULL:
+                os.eventfd_write(self._fd, 1)
+
+    def config_changed(self) -> None:
+        self._config_changed()
+
+    def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None:
+        self._calls[fd] = call
+        self._poll.register(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        del self._calls[fd]
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        taken = ffi.new("vpci_chain *[]", BATCH)
+        wait: float | None = 0
+        while (count := self._take(taken, wait)) >= 0:
+            self._serve_batch([PythonChain(taken[index]) for index in range(count)])
+            wait = 0 if count == BATCH else self._turn()
+
+    def _take(self, taken: Any, wait: float | None) -> int:
+        """Wait for whatever comes first; deal with the model's events; take what chains there are. -1: closed."""
+        for fd, events in self._poll.poll(None if wait is None else wait * 1000):
+            if fd == self._fd:
+                os.eventfd_read(self._fd)
+            elif fd in self._calls:  # else an event before this one has ended it
+                self._guarded(f"event of fd {fd}", self._calls[fd], events)
+        return int(lib.vpci_handoff_take(self.state, taken, BATCH, 0))
+
+    def _serve_batch(self, chains: list[PythonChain]) -> None:
+        with self._lock:
+            for chain in chains:
+                self._credit[chain.queue] -= chain.cost
+        super()._serve_batch([chain for chain in chains if chain.life > self._stale or not self._drop(chain)])
+
+    def _drop(self, chain: PythonChain) -> bool:
+        chain.complete()
+        return True
+
+    def _turn(self) -> float | None:
+        again: list[float | None] = [1.0]  # after a failure: not at once
+        self._guarded("turn", lambda _: again.__setitem__(0, self.model.turn()), 0)
+        return again[0]
+
+    def _guarded(self, what: str, call: Callable[[int], None], argument: int) -> None:
+        try:
+            call(argument)
+        except Exception:
+            self.failures += 1
+            log.exception("model %s failed: %s", self.model.name, what)
+
+
+def connect(engine: Engine, dev: Any, config_changed: Callable[[], None]) -> None:
+    """Give an engine whose model has events of its own what it needs of the device; before start()."""
+    if isinstance(engine, EventEngine):
+        engine.connect(dev, config_changed)
+
+
 def engine_of(model: Model) -> Engine:
     """The engine that the model names, or the one that hands chains to its serve()."""
     found: Any = model.engine()
-    return found if found is not None else PythonEngine(model)
+    if found is not None:
+        return found  # type: ignore[no-any-return]
+    has_events = type(model).attach is not Model.attach
+    return EventEngine(model) if has_events else PythonEngine(model)

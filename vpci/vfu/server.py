@@ -17,7 +17,7 @@ from vpci._core import ffi, lib
 from vpci.effects import OPS, Effects
 from vpci.errors import BackendError, ClientError
 from vpci.models.base import Model
-from vpci.models.engine import engine_of
+from vpci.models.engine import connect, engine_of
 from vpci.pci.function import Function
 from vpci.vfu.notes import Report, report_of
 from vpci.vfu.session import Session
@@ -63,6 +63,7 @@ class Server:
         self._dev = lib.vpci_dev_new(self._setup())
         if self._dev == ffi.NULL:
             raise MemoryError("no memory for the device")
+        connect(self.engine, self._dev, self.config_changed)
         function.set_intx_level(lambda: bool(self._dev_stats().intx_status))
         function.set_pending(self._pending)
 

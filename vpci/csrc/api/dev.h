@@ -141,6 +141,11 @@ int vpci_dev_answer(vpci_dev *dev, uint32_t error, const void *payload, uint32_t
 int vpci_dev_post(vpci_dev *dev, const vpci_effect *effects, uint32_t n_effects,
                   const vpci_hot_row *rows, uint32_t n_rows);
 
+/* From the first grant on chains of this queue are handed over only while it has credit: bytes are added to it (or
+ * taken, below 0), and each chain takes its readable and writable bytes, at least 1, the last one perhaps more than
+ * there is. From any thread. */
+void vpci_dev_grant(vpci_dev *dev, uint32_t queue, int64_t bytes);
+
 void vpci_dev_read_stats(vpci_dev *dev, vpci_dev_stats *stats);
 void vpci_dev_queue_stats(vpci_dev *dev, uint32_t queue, vpci_queue_stats *stats);
 /* One bit a vector, as the PBA shows it; returns the bytes written to buf. */

@@ -34,6 +34,12 @@ const vpci_engine *vpci_handoff_engine(void);
 int vpci_handoff_take(vpci_handoff *h, vpci_chain **chains, uint32_t max, int timeout_ms);
 /* Wake every taker; takes return -1 from now on. */
 void vpci_handoff_close(vpci_handoff *h);
+/* An eventfd that is readable when chains have arrived or the engine was closed; -errno when there is none to be had.
+ * Before the device starts. The fd is the engine's. */
+int vpci_handoff_event_fd(vpci_handoff *h);
+/* How often the negotiated features have changed; chain->scratch[0] has it as it was when the chain came. A reset
+ * changes them after its drain, so chains of the old life have the number of before. */
+uint64_t vpci_handoff_life(vpci_handoff *h);
 /* Finish n chains with one call. */
 void vpci_chains_done(vpci_chain **chains, const uint32_t *lens, uint32_t n);
 void vpci_chain_done(vpci_chain *chain, uint32_t len);
