@@ -123,6 +123,16 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
             _JSON,
         ],
     ),
+    "ctl": (
+        "ask a device that is being served: its state, another size, a backend opened anew",
+        "vpci ctl blk.sock resize 2G",
+        [
+            ("socket", {"metavar": "SOCKET", "help": "the device's socket; its control socket has .ctl behind it"}),
+            ("operation", {"metavar": "OPERATION", "help": "state, or what `help` lists for this device"}),
+            ("arguments", {"metavar": "ARGUMENT", "nargs": "*", "help": "what the operation wants"}),
+            _JSON,
+        ],
+    ),
     "config": (
         "print a commented sample configuration",
         "vpci config blk > blk.toml",
@@ -152,7 +162,10 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     "doctor": (
         "say what is here, what is missing, and what to type",
         "vpci doctor",
-        [_JSON],
+        [
+            ("--fetch", {"choices": ("libnbd", "qemu"), "help": "bring this into the cache first, by a private apt"}),
+            _JSON,
+        ],
     ),
 }
 

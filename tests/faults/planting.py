@@ -20,7 +20,7 @@ from tests.faults import record
 
 FAULTS = Path(__file__).with_name("faults.toml")
 CSRC = Path("vpci") / "csrc"
-RUN_S = 120
+RUN_S = 240
 #: In the object of every planted file and nowhere else.
 MARKER = "vpci_has_a_planted_fault"
 

@@ -144,6 +144,10 @@ static void *read_and_post(void *arg)
             vpci_dev_post(dev, &raise, 1, rows, make_rows(rows));
             count(&posts);
         }
+        if (!chance(&seed, 4) && !vpci_blk_pause(blk, 1000)) {
+            vpci_blk_set_sectors(blk, QUEUES * SLOTS);
+            vpci_blk_resume(blk);
+        }
         usleep(200);
     }
     return NULL;
@@ -530,7 +534,10 @@ static int listener;
 
 static void begin_life(bool by_interrupt)
 {
-    blk = vpci_blk_new(disk_fd, QUEUES * SLOTS, 0, "stress", QUEUES, 2);
+    static vpci_file file;
+    file = (vpci_file){.fd = disk_fd, .now = VPCI_NOW_CACHED};
+    blk = vpci_blk_new(&(vpci_blk_setup){.ops = vpci_file_disk(), .disk = &file, .align = 1, .sectors = QUEUES * SLOTS,
+                                         .serial = "stress", .writeback = 1, .n_queues = QUEUES, .n_threads = 2});
     const vpci_queue_setup queue = {SIZE, vpci_blk_engine(), blk};
     const vpci_queue_setup queues[QUEUES] = {queue, queue};
     vpci_dev_setup setup = {.n_queues = QUEUES, .queues = queues, .max_sg = 128, .cancel_ms = 8000, .close_ms = 16000};

@@ -50,7 +50,7 @@ def test_the_shipped_configuration_works():
 def test_defaults_follow_from_the_model(make):
     function, device, model = make()
     assert (function.n_vectors, device.bar_size, [q.size for q in device.queues]) == (2, 128, [256])
-    assert device.features.offered == 1 << 32 | 0xF1000244
+    assert device.features.offered == 1 << 32 | 0xF1006E54
     assert model.seg_max == 254
     assert model.config_bytes()[:16] == (2048).to_bytes(8, "little") + bytes(4) + b"\xfe\0\0\0"
 
@@ -88,7 +88,7 @@ def test_every_knob_reaches_its_place(make):
         "offered", "fixed24", "qemu", 5, 3, True, 99,
     )  # fmt: skip
     assert (function.n_vectors, function.require_bus_master, device.queues[0].size) == (5, True, 8)
-    assert device.features.offered == (1 << 45 | 0xF1000244 | 1 << 27) & ~(1 << 9 | 1 << 24)
+    assert device.features.offered == (1 << 45 | 0xF1006E54 | 1 << 27) & ~(1 << 9 | 1 << 24)
 
 
 def test_0_vectors_is_intx_only(make):

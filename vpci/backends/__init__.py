@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from vpci import plugins
 from vpci.errors import ConfigError
 
 GROUP = "vpci.backends"
-BUILT_IN = {"file": "vpci.backends.disk:FileDisk"}
+BUILT_IN = {
+    "file": "vpci.backends.disk:FileDisk",
+    "ram": "vpci.backends.memory:RamDisk",
+    "null": "vpci.backends.memory:NullDisk",
+    "nbd": "vpci.backends.nbd:NbdDisk",
+}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class Disk(Protocol):
-    """What a disk's model needs: an fd that preadv2 and pwritev2 take, and its size."""
+    """An open disk: a table of operations (csrc/api/disk.h) with its state, which the block engine calls, and its size.
 
-    fd: int
+    `ops` and `state` are cffi pointers that live until close(). `align` (a power of two) is what offsets, lengths and
+    memory are multiples of when the table is called, and `size_bytes` too; with `private_memory` it gets memory of
+    ours, never a guest's, and always in one piece. `block_size` is what the disk likes to be written in, in bytes.
+    """
+
+    path: str
+    ops: Any
+    state: Any
+    align: int
+    private_memory: bool
+    block_size: int
+    can_discard: bool
     size_bytes: int
     read_only: bool
 
@@ -27,16 +43,39 @@ class Disk(Protocol):
     def flush(self) -> None:
         """Make what was written durable. BackendError if that fails."""
 
+    def resize(self, size_bytes: int) -> None:
+        """Become that large; no operation is under way. BackendError if that cannot be: then nothing changed."""
+
+    def interrupt(self) -> None:
+        """Before reopen(): operations that wait for something that is gone fail soon."""
+
+    def reopen(self) -> None:
+        """Open the same thing anew; no operation is under way. `state` and `size_bytes` may be others then.
+
+        BackendError if that cannot be; the disk may then fail every operation, until another reopen() works.
+        """
+
     def close(self) -> None:
-        """Give the fd and every lock back."""
+        """Give everything back."""
 
 
-def find_backend(name: str) -> Callable[[str, int | None, bool], Disk]:
-    """What opens a disk: called with (path, size_bytes or None, read_only)."""
+#: Opens a disk: called with path (or None), size in bytes (or None), read_only, and direct (past the page cache).
+OpenDisk = Callable[[str | None, int | None, bool, bool], Disk]
+
+
+def find_backend(name: str) -> OpenDisk:
+    """What opens a disk of the backend `name`."""
     found = plugins.find("blk.backend", GROUP, name, BUILT_IN)
     if not callable(found):
         raise ConfigError("", "blk.backend", name, "something that opens a disk", f"it names {found!r}")
-    return cast("Callable[[str, int | None, bool], Disk]", found)
+    return cast(OpenDisk, found)
+
+
+def wanted_path(path: str | None, what: str) -> str:
+    """The configured path, of a backend that cannot do without: `what` says of what."""
+    if not path:
+        raise ConfigError("", "blk.path", path or "nothing", f"a string: {what}")
+    return path
 
 
 def parse_size(size: int | str) -> int:

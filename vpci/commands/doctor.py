@@ -6,11 +6,18 @@ import argparse
 import dataclasses
 import json
 
+from vpci.commands.output import Output
 from vpci.guest.doctor import checks
+from vpci.guest.libnbd import ensure_libnbd
+from vpci.guest.qemu import ensure_qemu
+
+FETCH = {"libnbd": ensure_libnbd, "qemu": ensure_qemu}
 
 
 def run(args: argparse.Namespace) -> int:
     """A table, or JSON. 0 when everything that the main job needs is here."""
+    if args.fetch:
+        FETCH[args.fetch](Output(args.json).progress)
     found = checks()
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in found], indent=2))

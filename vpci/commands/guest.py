@@ -12,6 +12,7 @@ from vpci import config as configuration
 from vpci.commands.output import Output
 from vpci.commands.serve import make_server, stop
 from vpci.config import Config
+from vpci.ctl import Ctl
 from vpci.errors import ConfigError
 from vpci.guest import Guest
 from vpci.vfu.server import Server
@@ -52,6 +53,7 @@ def served(configs: Sequence[Config], out: Output) -> Iterator[list[Server]]:
         for config in configs:
             servers.append(make_server(config, None, out))
             servers[-1].start()
+            Ctl(servers[-1]).start()
         yield servers
     finally:
         stop_all(servers, out)

@@ -10,6 +10,7 @@ from vpci import config as configuration
 from vpci.build import make_function
 from vpci.commands.output import Output
 from vpci.config import Config
+from vpci.ctl import Ctl
 from vpci.vfu.server import Server
 
 #: Of the events on stdout: it grows when one changes its meaning or goes, not when one comes.
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     config = configuration.load(args.config, args.sets)
     server = make_server(config, args.socket, out)
     server.listen()
+    Ctl(server).start()
     out.event(
         "listening",
         f"{config.model_type.name} ({config.device.dialect}) on {server.path}",

@@ -1,13 +1,13 @@
-/* The block engine: the one parser of blk requests. The pump hands it chains; it works on a file descriptor, inline
- * where the page cache answers, else in a pool of threads, straight from and to guest memory.
+/* The block engine: the one parser of blk requests. The pump hands it chains; it works on a disk's backend (disk.c),
+ * inline where nothing has to be waited for, else in a pool of threads, straight from and to guest memory.
  * Source: [devices.md 3]; durability as docs/decisions says: FLUSH covers what was completed before it was popped on
  * any queue and what was popped before it on its own. */
 #include "core.h"
 
+#include <time.h>
 
-enum { SECTOR = 512, HEADER = 16, ID_BYTES = 20, MAX_IOV = 1024 };
+enum { HEADER = 16, ID_BYTES = 20, SEGMENT_UNMAP = 1, ALWAYS = 0xff };
 enum { STATUS_OK = 0, STATUS_IOERR = 1, STATUS_UNSUPP = 2 };
-enum { TYPE_IN = 0, TYPE_OUT = 1, TYPE_FLUSH = 4, TYPE_FLUSH_OUT = 5, TYPE_GET_ID = 8 };
 #define FLAG_BARRIER 0x80000000u
 
 struct header {
@@ -16,19 +16,52 @@ struct header {
     uint64_t sector;
 };
 
-/* A request lives in its chain's scratch words: nothing is allocated on the way. */
+struct segment {
+    uint64_t sector;
+    uint32_t num_sectors;
+    uint32_t flags;
+};
+_Static_assert(sizeof(struct segment) == 16, "a segment is not as the driver writes it");
+
+struct row;
+
+/* A request lives in its chain's scratch words: only segments are allocated on the way. */
 struct request {
     struct vpci_job job;           /* first: the pool's pointer is ours */
-    uint64_t offset;               /* in the file, bytes */
-    uint32_t total;                /* data bytes */
-    uint32_t done;                 /* of them */
-    struct iovec *iov;             /* what is left of the data */
-    uint32_t n_iov;
-    uint8_t is_flush, write_through, reserved[2];
+    const struct row *row;
     struct vpci_blk *blk;
     vpci_chain *next_ordered;      /* the queue's writes and flushes in the order they were popped */
+    union {
+        struct vpci_span data;     /* what is left to be moved */
+        struct {
+            struct segment *list;
+            uint32_t n;
+        } segments;
+    };
+    uint32_t written;              /* bytes, before the status byte */
+    bool durable;                  /* write-through */
 };
 _Static_assert(sizeof(struct request) <= sizeof(((vpci_chain *)0)->scratch), "a request must fit into a chain");
+
+typedef int prepare(struct request *r, const struct header *h);   /* a status; OK: go on */
+typedef int perform(struct request *r, uint32_t flags);           /* 0 or an errno */
+typedef int range(struct vpci_disk *d, uint64_t offset, uint64_t len, uint32_t flags);
+
+/* A type of request. */
+struct row {
+    uint32_t type;
+    uint8_t feature;               /* the bit that must be offered for it, or ALWAYS */
+    bool changes;                  /* the disk, so that a later flush waits for it */
+    bool is_flush;
+    prepare *prepare;
+    perform *perform;
+    size_t counter;                /* of vpci_blk_stats */
+    /* requests of segments: */
+    range *range;                  /* what happens to each */
+    size_t limits;                 /* of struct vpci_blk */
+    uint32_t segment_flags;        /* that are known */
+    bool sync;                     /* durable in any case */
+};
 
 /* Writes and flushes of one queue that are not finished, oldest first. */
 struct flush_order {
@@ -36,17 +69,24 @@ struct flush_order {
 };
 
 struct vpci_blk {
-    int fd;
+    struct vpci_disk disk;
     uint64_t sectors;
-    bool read_only;
+    uint64_t features;          /* offered */
+    bool read_only, may_unmap;
     char serial[ID_BYTES];
+    vpci_blk_limits discard, write_zeroes, secure_erase;
     struct vpci_pool *pool;
     uint32_t flush_acked;       /* atomic; the queue owners read them, Python and the pump write them */
     uint32_t writeback;
     uint32_t sync_failed;       /* atomic: data may be lost, so nothing is called durable until a reopen */
-    uint32_t no_nowait;         /* the file cannot say whether it would block */
-    pthread_mutex_t lock;       /* of orders: pool threads finish writes, the owner pops them */
-    struct flush_order *orders;       /* one a queue */
+    uint32_t told;              /* atomic: of the backend's first error */
+    pthread_rwlock_t syncs;     /* the kernel tells of a lost write once, so a flush does not run beside what may hear of it */
+    pthread_mutex_t lock;       /* of what follows: pool threads finish requests, the owner pops them */
+    pthread_cond_t at_rest;
+    struct flush_order *orders; /* one a queue */
+    uint64_t in_flight;         /* requests begun and not finished */
+    bool paused;
+    vpci_chain *held, **last_held;    /* popped while paused, oldest first */
     vpci_blk_stats stats;       /* each word atomic */
 };
 
@@ -67,14 +107,51 @@ static void bump(uint64_t *counter, uint64_t by)
 
 /* ---- the end of a request ---- */
 
-/* used.len counts from the first writable byte, so a failed read, whose data was not written, says 0. */
-static void finish(struct vpci_blk *blk, vpci_chain *chain, uint8_t status, uint32_t written)
+/* Before the chain is done: with the last one the engine may be freed. */
+static void leave(struct vpci_blk *blk)
 {
-    vpci_chain_set_last(chain, status);
+    pthread_mutex_lock(&blk->lock);
+    if (!--blk->in_flight && blk->paused)
+        pthread_cond_broadcast(&blk->at_rest);
+    pthread_mutex_unlock(&blk->lock);
+}
+
+/* used.len counts from the first writable byte, so a failed read, whose data was not written, says 0. */
+static void finish(struct vpci_blk *blk, vpci_chain *chain, int status, uint32_t written)
+{
+    vpci_chain_set_last(chain, (uint8_t)status);
     bump(&blk->stats.errors, status == STATUS_IOERR);
     bump(&blk->stats.unsupported, status == STATUS_UNSUPP);
     bool only_status = chain->in_len == 1 && chain->last_in;
+    leave(blk);
     vpci_chain_done(chain, status == STATUS_OK ? written + 1 : only_status);
+}
+
+static uint64_t first_sector(const struct request *r)
+{
+    return r->row->range ? r->segments.list[0].sector : r->data.offset / VPCI_SECTOR;
+}
+
+/* Memory that vanished and work that was given up are not the backend's fault. */
+static void note_error(struct request *r, int error)
+{
+    struct vpci_blk *blk = r->blk;
+    vpci_chain *chain = chain_of(r);
+    if (error == EFAULT || error == ECANCELED)
+        return;
+    bump(&blk->stats.backend_errors, 1);
+    if (!__atomic_exchange_n(&blk->told, 1, __ATOMIC_SEQ_CST))
+        vpci_chain_note(chain, (vpci_event){.note = VPCI_NOTE_BACKEND, .queue = chain->queue_index, .a = (uint64_t)error,
+                                            .b = r->row->type, .c = first_sector(r)});
+}
+
+static void end(struct request *r, int error)
+{
+    if (error)
+        note_error(r, error);
+    if (r->row->range)
+        free(r->segments.list);
+    finish(r->blk, chain_of(r), error ? STATUS_IOERR : STATUS_OK, r->written);
 }
 
 /* ---- order of writes and flushes ---- */
@@ -100,7 +177,7 @@ static void order_remove(struct flush_order *o, vpci_chain *chain)
 /* Flushes with nothing unfinished before them may begin; each is taken off the list for that. */
 static void release_flushes(struct vpci_blk *blk, struct flush_order *o)
 {
-    while (o->first && request_of(o->first)->is_flush) {
+    while (o->first && request_of(o->first)->row->is_flush) {
         vpci_chain *flush = o->first;
         order_remove(o, flush);
         vpci_pool_submit(blk->pool, &request_of(flush)->job);
@@ -116,48 +193,7 @@ static void write_ended(struct vpci_blk *blk, vpci_chain *chain)
     pthread_mutex_unlock(&blk->lock);
 }
 
-/* ---- input and output ---- */
-
-/* Cut n bytes off the front of pieces. */
-static void skip(struct iovec **iov, uint32_t *n_iov, uint64_t n)
-{
-    for (; n && *n_iov; ++*iov, --*n_iov) {
-        if (n < (*iov)->iov_len) {
-            (*iov)->iov_base = (char *)(*iov)->iov_base + n;
-            (*iov)->iov_len -= n;
-            return;
-        }
-        n -= (*iov)->iov_len;
-    }
-}
-
-typedef ssize_t transfer(int, const struct iovec *, int, off_t, int);
-
-/* Move on until all is done. Returns 0 or an errno (EAGAIN: it would block); r->done tells how far it came, and the
- * pieces are cut to what is left, so that another call goes on from there. */
-static int move(struct request *r, transfer *call, int flags)
-{
-    while (r->done < r->total) {
-        int n = r->n_iov < MAX_IOV ? (int)r->n_iov : MAX_IOV;
-        ssize_t got = call(r->blk->fd, r->iov, n, (off_t)(r->offset + r->done), flags);
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got < 0)
-            return errno;
-        if (!got)
-            return EIO;   /* the file is shorter than the disk it was */
-        r->done += (uint32_t)got;
-        skip(&r->iov, &r->n_iov, (uint64_t)got);
-    }
-    return 0;
-}
-
-static void read_job(struct vpci_job *job)
-{
-    struct request *r = (struct request *)job;
-    int error = move(r, preadv2, 0);
-    finish(r->blk, chain_of(r), error ? STATUS_IOERR : STATUS_OK, r->total);
-}
+/* ---- durability ---- */
 
 static bool durability_lost(struct vpci_blk *blk)
 {
@@ -170,147 +206,266 @@ static void lose_durability(struct vpci_blk *blk)
     __atomic_store_n(&blk->sync_failed, 1, __ATOMIC_SEQ_CST);
 }
 
-static int write_through(struct request *r)
-{
-    if (durability_lost(r->blk))
-        return EIO;
-    int error = move(r, pwritev2, RWF_DSYNC);
-    if (error == EIO)
-        lose_durability(r->blk);
-    return error;
-}
-
-static void write_job(struct vpci_job *job)
-{
-    struct request *r = (struct request *)job;
-    int error = r->write_through ? write_through(r) : move(r, pwritev2, 0);
-    write_ended(r->blk, chain_of(r));
-    finish(r->blk, chain_of(r), error ? STATUS_IOERR : STATUS_OK, 0);
-}
-
-static void flush_job(struct vpci_job *job)
-{
-    struct request *r = (struct request *)job;
-    if (!durability_lost(r->blk) && fdatasync(r->blk->fd) < 0)
-        lose_durability(r->blk);
-    finish(r->blk, chain_of(r), durability_lost(r->blk) ? STATUS_IOERR : STATUS_OK, 0);
-}
-
-/* ---- requests by type ---- */
-
-static bool in_bounds(const struct vpci_blk *blk, uint64_t sector, uint32_t bytes)
-{
-    uint64_t n = bytes / SECTOR;
-    return !(bytes % SECTOR) && sector <= blk->sectors && n <= blk->sectors - sector;
-}
-
-/* Does the page cache have it? Then the pool's two wake-ups are saved. What it has not is left to the pool. */
-static bool read_inline(struct vpci_blk *blk, struct request *r)
-{
-    if (__atomic_load_n(&blk->no_nowait, __ATOMIC_RELAXED))
-        return false;
-    int error = move(r, preadv2, RWF_NOWAIT);
-    if (error == EOPNOTSUPP || error == ENOSYS)
-        __atomic_store_n(&blk->no_nowait, 1, __ATOMIC_RELAXED);
-    return !error;
-}
-
-static void do_in(struct vpci_blk *blk, vpci_chain *chain, const struct header *h)
-{
-    struct request *r = request_of(chain);
-    struct iovec *in = chain->iov + chain->out_iovs;
-    uint32_t bytes = chain->in_len - 1;
-    if (!in_bounds(blk, h->sector, bytes)) {
-        finish(blk, chain, STATUS_IOERR, 0);
-        return;
-    }
-    in[chain->in_iovs - 1].iov_len--;   /* the status byte is not data */
-    *r = (struct request){.job.run = read_job, .blk = blk, .offset = h->sector * SECTOR, .total = bytes,
-                          .iov = in, .n_iov = chain->in_iovs};
-    bump(&blk->stats.reads, 1);
-    bump(&blk->stats.bytes_read, bytes);
-    if (!read_inline(blk, r)) {
-        vpci_pool_submit(blk->pool, &r->job);
-        return;
-    }
-    bump(&blk->stats.served_inline, 1);
-    finish(blk, chain, STATUS_OK, bytes);
-}
-
 static bool is_write_through(const struct vpci_blk *blk)
 {
     return !__atomic_load_n(&blk->flush_acked, __ATOMIC_RELAXED) || !__atomic_load_n(&blk->writeback, __ATOMIC_RELAXED);
 }
 
-static void do_out(struct vpci_blk *blk, vpci_chain *chain, const struct header *h)
+static int flush(struct vpci_blk *blk)
 {
-    struct request *r = request_of(chain);
+    pthread_rwlock_wrlock(&blk->syncs);
+    int error = durability_lost(blk) ? EIO : vpci_disk_flush(&blk->disk);
+    if (error)
+        lose_durability(blk);
+    pthread_rwlock_unlock(&blk->syncs);
+    return error;
+}
+
+/* ---- requests by type: what is wrong with them, then what they do ---- */
+
+static bool in_bounds(const struct vpci_blk *blk, uint64_t sector, uint64_t n)
+{
+    return sector <= blk->sectors && n <= blk->sectors - sector;
+}
+
+static bool is_transfer(const struct vpci_blk *blk, uint64_t sector, uint64_t bytes)
+{
+    return !(bytes % VPCI_SECTOR) && in_bounds(blk, sector, bytes / VPCI_SECTOR);
+}
+
+static int prepare_in(struct request *r, const struct header *h)
+{
+    vpci_chain *chain = chain_of(r);
+    struct iovec *in = chain->iov + chain->out_iovs;
+    uint32_t bytes = chain->in_len - 1;
+    if (!is_transfer(r->blk, h->sector, bytes))
+        return STATUS_IOERR;
+    in[chain->in_iovs - 1].iov_len--;   /* the status byte is not data */
+    r->data = (struct vpci_span){in, chain->in_iovs, h->sector * VPCI_SECTOR, bytes};
+    r->written = bytes;
+    bump(&r->blk->stats.bytes_read, bytes);
+    return STATUS_OK;
+}
+
+static int perform_in(struct request *r, uint32_t flags)
+{
+    return vpci_disk_read(&r->blk->disk, chain_of(r)->queue->mem, &r->data, flags);
+}
+
+static int prepare_out(struct request *r, const struct header *h)
+{
+    vpci_chain *chain = chain_of(r);
     uint32_t bytes = chain->out_len - HEADER;
-    if (blk->read_only || !in_bounds(blk, h->sector, bytes)) {
+    if (r->blk->read_only || !is_transfer(r->blk, h->sector, bytes))
+        return STATUS_IOERR;
+    r->data = (struct vpci_span){chain->iov, chain->out_iovs, 0, chain->out_len};
+    vpci_span_skip(&r->data, HEADER);
+    r->data.offset = h->sector * VPCI_SECTOR;
+    bump(&r->blk->stats.bytes_written, bytes);
+    return STATUS_OK;
+}
+
+static int write_through(struct request *r, uint32_t flags)
+{
+    struct vpci_blk *blk = r->blk;
+    pthread_rwlock_rdlock(&blk->syncs);
+    int error = durability_lost(blk) ? EIO : 0;
+    if (!error)
+        error = vpci_disk_write(&blk->disk, chain_of(r)->queue->mem, &r->data, flags | VPCI_DISK_DURABLE);
+    if (error == EIO)
+        lose_durability(blk);
+    pthread_rwlock_unlock(&blk->syncs);
+    return error || !durability_lost(blk) ? error : EIO;
+}
+
+/* A write that must be durable may have to wait for a flush, so it never goes inline. */
+static int perform_out(struct request *r, uint32_t flags)
+{
+    if (r->durable)
+        return flags & VPCI_DISK_NOW ? EAGAIN : write_through(r, flags);
+    return vpci_disk_write(&r->blk->disk, chain_of(r)->queue->mem, &r->data, flags);
+}
+
+static int prepare_nothing(struct request *r, const struct header *h)
+{
+    (void)r, (void)h;
+    return STATUS_OK;
+}
+
+static int perform_flush(struct request *r, uint32_t flags)
+{
+    (void)flags;
+    return flush(r->blk);
+}
+
+static int perform_get_id(struct request *r, uint32_t flags)
+{
+    vpci_chain *chain = chain_of(r);
+    uint32_t room = chain->in_len - 1;
+    (void)flags;
+    r->written = vpci_chain_write(chain, 0, r->blk->serial, room < ID_BYTES ? room : ID_BYTES);
+    return 0;
+}
+
+static const vpci_blk_limits *limits_of(const struct request *r)
+{
+    return (const vpci_blk_limits *)((const char *)r->blk + r->row->limits);
+}
+
+static int judge_segment(const struct request *r, const struct segment *s)
+{
+    if (s->flags & ~r->row->segment_flags)
+        return STATUS_UNSUPP;
+    bool fits = s->num_sectors <= limits_of(r)->max_sectors && in_bounds(r->blk, s->sector, s->num_sectors);
+    return fits ? STATUS_OK : STATUS_IOERR;
+}
+
+/* All segments are judged, on a copy, before anything happens to the first. */
+static int judge_segments(struct request *r)
+{
+    int status = STATUS_OK;
+    for (uint32_t i = 0; i < r->segments.n && status == STATUS_OK; i++)
+        status = judge_segment(r, &r->segments.list[i]);
+    return status;
+}
+
+static int prepare_segments(struct request *r, const struct header *h)
+{
+    vpci_chain *chain = chain_of(r);
+    uint32_t bytes = chain->out_len - HEADER, n = bytes / (uint32_t)sizeof(struct segment);
+    (void)h;
+    if (r->blk->read_only || !n || bytes % sizeof(struct segment) || n > limits_of(r)->max_seg)
+        return STATUS_IOERR;
+    r->segments.n = n;
+    r->segments.list = malloc(bytes);
+    int status = STATUS_IOERR;
+    if (r->segments.list && vpci_chain_read(chain, HEADER, r->segments.list, bytes) == bytes)
+        status = judge_segments(r);
+    if (status != STATUS_OK)
+        free(r->segments.list);
+    return status;
+}
+
+static int perform_segments(struct request *r, uint32_t flags)
+{
+    struct vpci_blk *blk = r->blk;
+    bool durable = r->durable || r->row->sync;
+    int error = flags & VPCI_DISK_NOW ? EAGAIN : durable && durability_lost(blk) ? EIO : 0;
+    for (uint32_t i = 0; i < r->segments.n && !error; i++) {
+        const struct segment *s = &r->segments.list[i];
+        error = r->row->range(&blk->disk, s->sector * VPCI_SECTOR, (uint64_t)s->num_sectors * VPCI_SECTOR,
+                              s->flags & SEGMENT_UNMAP && blk->may_unmap ? VPCI_DISK_UNMAP : 0);
+    }
+    return error || !durable ? error : flush(blk);
+}
+
+#define COUNTER(name) offsetof(vpci_blk_stats, name)
+#define LIMITS(name) offsetof(struct vpci_blk, name)
+
+static const struct row rows[] = {
+    {.type = 0, .feature = ALWAYS, .prepare = prepare_in, .perform = perform_in, .counter = COUNTER(reads)},
+    {.type = 1, .feature = ALWAYS, .prepare = prepare_out, .perform = perform_out, .counter = COUNTER(writes),
+     .changes = true},
+    {.type = 4, .feature = ALWAYS, .prepare = prepare_nothing, .perform = perform_flush, .counter = COUNTER(flushes),
+     .is_flush = true},
+    {.type = 5, .feature = ALWAYS, .prepare = prepare_nothing, .perform = perform_flush, .counter = COUNTER(flushes),
+     .is_flush = true},
+    {.type = 8, .feature = ALWAYS, .prepare = prepare_nothing, .perform = perform_get_id, .counter = COUNTER(ids)},
+    {.type = 11, .feature = VPCI_BLK_F_DISCARD, .prepare = prepare_segments, .perform = perform_segments,
+     .counter = COUNTER(discards), .changes = true, .range = vpci_disk_discard, .limits = LIMITS(discard)},
+    {.type = 13, .feature = VPCI_BLK_F_WRITE_ZEROES, .prepare = prepare_segments, .perform = perform_segments,
+     .counter = COUNTER(write_zeroes), .changes = true, .range = vpci_disk_zero, .limits = LIMITS(write_zeroes),
+     .segment_flags = SEGMENT_UNMAP},
+    {.type = 14, .feature = VPCI_BLK_F_SECURE_ERASE, .prepare = prepare_segments, .perform = perform_segments,
+     .counter = COUNTER(secure_erases), .changes = true, .range = vpci_disk_erase, .limits = LIMITS(secure_erase),
+     .sync = true},
+};
+
+static const struct row *row_of(const struct vpci_blk *blk, uint32_t type)
+{
+    for (size_t i = 0; i < ARRAY_LEN(rows); i++)
+        if (rows[i].type == type)
+            return rows[i].feature == ALWAYS || blk->features >> rows[i].feature & 1 ? &rows[i] : NULL;
+    return NULL;
+}
+
+/* ---- the life of a request ---- */
+
+static void run(struct vpci_job *job)
+{
+    struct request *r = (struct request *)job;
+    int error = r->row->perform(r, 0);
+    if (r->row->changes)
+        write_ended(r->blk, chain_of(r));
+    end(r, error);
+}
+
+/* Without a wait, if that can be: the pool's two wake-ups are saved. Whatever is not clear is left to the pool. */
+static bool done_now(struct request *r)
+{
+    if (r->row->perform(r, VPCI_DISK_NOW))
+        return false;
+    bump(&r->blk->stats.served_inline, 1);
+    end(r, 0);
+    return true;
+}
+
+static void begin(struct request *r)
+{
+    struct vpci_blk *blk = r->blk;
+    vpci_chain *chain = chain_of(r);
+    const struct row *row = r->row;
+    if (!row->is_flush && done_now(r))
+        return;
+    pthread_mutex_lock(&blk->lock);
+    if (row->changes || row->is_flush)
+        order_add(blk, chain);
+    if (row->is_flush)
+        release_flushes(blk, &blk->orders[chain->queue_index]);
+    else
+        vpci_pool_submit(blk->pool, &r->job);
+    pthread_mutex_unlock(&blk->lock);
+}
+
+static void take(struct vpci_blk *blk, vpci_chain *chain)
+{
+    struct header h;
+    if (chain->error || !chain->in_len || vpci_chain_read(chain, 0, &h, HEADER) < HEADER) {
         finish(blk, chain, STATUS_IOERR, 0);
         return;
     }
-    *r = (struct request){.job.run = write_job, .blk = blk, .offset = h->sector * SECTOR, .total = bytes,
-                          .iov = chain->iov, .n_iov = chain->out_iovs, .write_through = is_write_through(blk)};
-    skip(&r->iov, &r->n_iov, HEADER);
-    bump(&blk->stats.writes, 1);
-    bump(&blk->stats.bytes_written, bytes);
-    pthread_mutex_lock(&blk->lock);
-    order_add(blk, chain);
-    pthread_mutex_unlock(&blk->lock);
-    vpci_pool_submit(blk->pool, &r->job);
+    const struct row *row = row_of(blk, h.type & ~FLAG_BARRIER);
+    struct request *r = request_of(chain);
+    *r = (struct request){.job.run = run, .blk = blk, .row = row, .durable = is_write_through(blk)};
+    int status = row ? row->prepare(r, &h) : STATUS_UNSUPP;
+    if (status != STATUS_OK) {
+        finish(blk, chain, status, 0);
+        return;
+    }
+    bump((uint64_t *)((char *)&blk->stats + row->counter), 1);
+    begin(r);
 }
 
-static void do_flush(struct vpci_blk *blk, vpci_chain *chain, const struct header *h)
+static void hold(struct vpci_blk *blk, vpci_chain *chain)
 {
-    (void)h;
-    *request_of(chain) = (struct request){.job.run = flush_job, .blk = blk, .is_flush = 1};
-    bump(&blk->stats.flushes, 1);
-    pthread_mutex_lock(&blk->lock);
-    order_add(blk, chain);
-    release_flushes(blk, &blk->orders[chain->queue_index]);
-    pthread_mutex_unlock(&blk->lock);
-}
-
-static void do_get_id(struct vpci_blk *blk, vpci_chain *chain, const struct header *h)
-{
-    (void)h;
-    uint32_t room = chain->in_len - 1;
-    bump(&blk->stats.ids, 1);
-    uint32_t n = vpci_chain_write(chain, 0, blk->serial, room < ID_BYTES ? room : ID_BYTES);
-    finish(blk, chain, STATUS_OK, n);
-}
-
-typedef void operation(struct vpci_blk *blk, vpci_chain *chain, const struct header *h);
-
-static const struct {
-    uint32_t type;
-    operation *run;
-} operations[] = {
-    {TYPE_IN, do_in}, {TYPE_OUT, do_out}, {TYPE_FLUSH, do_flush}, {TYPE_FLUSH_OUT, do_flush}, {TYPE_GET_ID, do_get_id},
-};
-
-static operation *operation_of(uint32_t type)
-{
-    for (size_t i = 0; i < ARRAY_LEN(operations); i++)
-        if (operations[i].type == type)
-            return operations[i].run;
-    return NULL;
+    chain->next = NULL;
+    *blk->last_held = chain;
+    blk->last_held = &chain->next;
 }
 
 static void serve(void *state, const vpci_host *host, vpci_chain *chain)
 {
     struct vpci_blk *blk = state;
-    struct header h;
-    if (chain->error || !chain->in_len || host->read(chain, 0, &h, HEADER) < HEADER) {
-        finish(blk, chain, STATUS_IOERR, 0);
-        return;
-    }
-    operation *run = operation_of(h.type & ~FLAG_BARRIER);
-    if (run)
-        run(blk, chain, &h);
+    (void)host;
+    pthread_mutex_lock(&blk->lock);
+    bool paused = blk->paused;
+    if (paused)
+        hold(blk, chain);
     else
-        finish(blk, chain, STATUS_UNSUPP, 0);
+        blk->in_flight++;
+    pthread_mutex_unlock(&blk->lock);
+    if (!paused)
+        take(blk, chain);
 }
 
 static bool is_of_queue(struct vpci_job *job, void *queue_index)
@@ -320,16 +475,39 @@ static bool is_of_queue(struct vpci_job *job, void *queue_index)
 
 static void give_up(struct request *r)
 {
-    vpci_chain *chain = chain_of(r);
-    if (r->job.run == write_job)
-        write_ended(r->blk, chain);
-    finish(r->blk, chain, STATUS_IOERR, 0);
+    if (r->row->changes)
+        write_ended(r->blk, chain_of(r));
+    end(r, ECANCELED);
+}
+
+/* What was popped while paused and is of this queue; each counts as in flight from here on. */
+static vpci_chain *take_held(struct vpci_blk *blk, uint32_t queue_index)
+{
+    vpci_chain *out = NULL, **at = &blk->held;
+    pthread_mutex_lock(&blk->lock);
+    for (vpci_chain *chain; (chain = *at);) {
+        if (chain->queue_index != queue_index) {
+            at = &chain->next;
+            continue;
+        }
+        *at = chain->next;
+        chain->next = out;
+        out = chain;
+        blk->in_flight++;
+    }
+    blk->last_held = at;
+    pthread_mutex_unlock(&blk->lock);
+    return out;
 }
 
 /* Ending a write may release a flush, which is then given up in the next round. */
 static void cancel(void *state, uint32_t queue_index)
 {
     struct vpci_blk *blk = state;
+    for (vpci_chain *chain = take_held(blk, queue_index), *next; chain; chain = next) {
+        next = chain->next;
+        finish(blk, chain, STATUS_IOERR, 0);
+    }
     for (struct vpci_job *job; (job = vpci_pool_withdraw(blk->pool, is_of_queue, &queue_index));)
         for (struct vpci_job *next; job; job = next) {
             next = job->next;
@@ -350,9 +528,65 @@ const vpci_engine *vpci_blk_engine(void)
     return &engine;
 }
 
+/* ---- from outside ---- */
+
 void vpci_blk_set_writeback(vpci_blk *blk, int writeback)
 {
     __atomic_store_n(&blk->writeback, writeback, __ATOMIC_RELAXED);
+}
+
+static struct timespec deadline_in(int timeout_ms)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    int64_t ns = t.tv_nsec + timeout_ms * 1000000ll;
+    return (struct timespec){t.tv_sec + ns / 1000000000, ns % 1000000000};
+}
+
+int vpci_blk_pause(vpci_blk *blk, int timeout_ms)
+{
+    struct timespec until = deadline_in(timeout_ms);
+    int rc = 0;
+    pthread_mutex_lock(&blk->lock);
+    blk->paused = true;
+    while (blk->in_flight && rc != ETIMEDOUT)
+        rc = pthread_cond_clockwait(&blk->at_rest, &blk->lock, CLOCK_MONOTONIC, &until);
+    bool at_rest = !blk->in_flight;
+    pthread_mutex_unlock(&blk->lock);
+    if (!at_rest)
+        vpci_blk_resume(blk);
+    return at_rest ? 0 : -ETIMEDOUT;
+}
+
+/* In the order in which they were popped, and before whatever is popped from now on. */
+void vpci_blk_resume(vpci_blk *blk)
+{
+    pthread_mutex_lock(&blk->lock);
+    for (vpci_chain *chain; (chain = blk->held);) {
+        blk->held = chain->next;
+        if (!blk->held)
+            blk->last_held = &blk->held;
+        blk->in_flight++;
+        pthread_mutex_unlock(&blk->lock);
+        take(blk, chain);
+        pthread_mutex_lock(&blk->lock);
+    }
+    blk->paused = false;
+    pthread_mutex_unlock(&blk->lock);
+}
+
+void vpci_blk_set_sectors(vpci_blk *blk, uint64_t sectors)
+{
+    blk->sectors = sectors;
+}
+
+void vpci_blk_reopened(vpci_blk *blk, const vpci_disk_ops *ops, void *disk, uint32_t align)
+{
+    blk->disk.ops = ops;
+    blk->disk.state = disk;
+    blk->disk.align = align;
+    __atomic_store_n(&blk->sync_failed, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&blk->told, 0, __ATOMIC_SEQ_CST);
 }
 
 void vpci_blk_read_stats(vpci_blk *blk, vpci_blk_stats *stats)
@@ -360,27 +594,35 @@ void vpci_blk_read_stats(vpci_blk *blk, vpci_blk_stats *stats)
     const uint64_t *from = (const uint64_t *)&blk->stats;
     for (size_t i = 0; i < sizeof(*stats) / sizeof(*from); i++)
         ((uint64_t *)stats)[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+    stats->durability_lost = durability_lost(blk);
 }
 
-vpci_blk *vpci_blk_new(int fd, uint64_t sectors, int read_only, const char *serial, uint32_t n_queues,
-                       uint32_t n_threads)
+vpci_blk *vpci_blk_new(const vpci_blk_setup *setup)
 {
     vpci_blk *blk = calloc(1, sizeof(*blk));
     if (!blk)
         return NULL;
-    blk->fd = fd;
-    blk->sectors = sectors;
-    blk->read_only = read_only;
-    blk->writeback = 1;
-    memcpy(blk->serial, serial, strnlen(serial, ID_BYTES));
+    vpci_disk_init(&blk->disk, setup->ops, setup->disk, setup->align, setup->private_memory);
+    blk->sectors = setup->sectors;
+    blk->features = setup->features;
+    blk->read_only = setup->read_only;
+    blk->may_unmap = setup->may_unmap;
+    blk->writeback = setup->writeback;
+    blk->discard = setup->discard;
+    blk->write_zeroes = setup->write_zeroes;
+    blk->secure_erase = setup->secure_erase;
+    memcpy(blk->serial, setup->serial, strnlen(setup->serial, ID_BYTES));
+    pthread_rwlock_init(&blk->syncs, NULL);
     pthread_mutex_init(&blk->lock, NULL);
-    blk->orders = calloc(n_queues, sizeof(*blk->orders));
-    blk->pool = blk->orders ? vpci_pool_new(n_threads, "vpci-blk") : NULL;
+    pthread_cond_init(&blk->at_rest, NULL);
+    blk->last_held = &blk->held;
+    blk->orders = calloc(setup->n_queues, sizeof(*blk->orders));
+    blk->pool = blk->orders ? vpci_pool_new(setup->n_threads, "vpci-blk") : NULL;
     if (!blk->pool) {
         vpci_blk_free(blk);
         return NULL;
     }
-    for (uint32_t i = 0; i < n_queues; i++)
+    for (uint32_t i = 0; i < setup->n_queues; i++)
         blk->orders[i].last = &blk->orders[i].first;
     return blk;
 }
@@ -392,6 +634,9 @@ void vpci_blk_free(vpci_blk *blk)
     if (blk->pool)
         vpci_pool_free(blk->pool);
     free(blk->orders);
+    pthread_cond_destroy(&blk->at_rest);
     pthread_mutex_destroy(&blk->lock);
+    pthread_rwlock_destroy(&blk->syncs);
+    vpci_disk_fini(&blk->disk);
     free(blk);
 }

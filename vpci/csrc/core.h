@@ -22,6 +22,7 @@
 #include "api/irq.h"
 #include "api/engine.h"
 #include "api/dev.h"
+#include "api/disk.h"
 #include "api/blk.h"
 #include "api/drv.h"
 
@@ -108,6 +109,7 @@ struct vpci_queue {
     uint16_t avail_seen;      /* avail.idx as last loaded */
     uint16_t used_idx;        /* entries pushed */
     uint16_t published;       /* entries the driver can see */
+    uint16_t driver_event;    /* used_event, or avail.flags, as last loaded */
     uint32_t in_flight;       /* chains popped and neither pushed nor dropped */
     bool gated;               /* chains are fetched only against credit */
     int64_t credit;           /* bytes of chains that the engine still asks for; the last chain may overdraw it */
@@ -210,5 +212,42 @@ void vpci_pool_submit(struct vpci_pool *pool, struct vpci_job *job);
 /* Take every job that has not begun and for which wanted() says so off the queue; a list by next. */
 struct vpci_job *vpci_pool_withdraw(struct vpci_pool *pool, bool (*wanted)(struct vpci_job *, void *), void *arg);
 int vpci_thread_start(pthread_t *thread, void *(*run)(void *), void *arg, const char *name);
+
+/* ---- mailbox.c ---- */
+
+/* An engine tells something of the device that a chain belongs to; before the chain is done. */
+void vpci_chain_note(vpci_chain *chain, vpci_event note);
+
+/* ---- disk.c ---- */
+
+enum { VPCI_SECTOR = 512 };
+
+/* A backend, and what it wants: align is a power of two. */
+struct vpci_disk {
+    const vpci_disk_ops *ops;
+    void *state;
+    uint32_t align;
+    bool private_memory;
+    pthread_rwlock_t edges;        /* held for writing by who writes blocks in part, for reading by other writers */
+};
+
+/* Bytes of a disk and the memory for them; a transfer takes off the front what it has done. */
+struct vpci_span {
+    struct iovec *iov;
+    uint32_t n_iov;
+    uint64_t offset, len;
+};
+
+void vpci_disk_init(struct vpci_disk *d, const vpci_disk_ops *ops, void *state, uint32_t align, bool private_memory);
+void vpci_disk_fini(struct vpci_disk *d);
+/* All return 0 or an errno. mem: the guest memory that the pieces are of, NULL: ours. With VPCI_DISK_NOW EAGAIN means
+ * that the rest of the span needs a call without it. */
+int vpci_disk_read(struct vpci_disk *d, const vpci_mem *mem, struct vpci_span *s, uint32_t flags);
+int vpci_disk_write(struct vpci_disk *d, const vpci_mem *mem, struct vpci_span *s, uint32_t flags);
+int vpci_disk_flush(struct vpci_disk *d);
+int vpci_disk_discard(struct vpci_disk *d, uint64_t offset, uint64_t len, uint32_t flags);
+int vpci_disk_zero(struct vpci_disk *d, uint64_t offset, uint64_t len, uint32_t flags);
+int vpci_disk_erase(struct vpci_disk *d, uint64_t offset, uint64_t len, uint32_t flags);
+void vpci_span_skip(struct vpci_span *s, uint64_t n);
 
 #endif

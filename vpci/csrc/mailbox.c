@@ -66,6 +66,11 @@ void mailbox_note(struct mailbox *box, const vpci_event *note)
     pthread_mutex_unlock(&box->lock);
 }
 
+void vpci_chain_note(vpci_chain *chain, vpci_event note)
+{
+    mailbox_note(&chain->queue->dev->box, &note);
+}
+
 void mailbox_message(struct mailbox *box, const vpci_event *message)
 {
     pthread_mutex_lock(&box->lock);

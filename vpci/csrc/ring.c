@@ -249,7 +249,8 @@ void vpci_queue_read_stats(const vpci_queue *q, vpci_queue_stats *s)
         .ring_errors = q->ring_errors, .ignored_kicks = q->ignored_kicks, .in_flight = q->in_flight,
         .broken = q->broken, .broken_head = q->broken_head, .broken_addr = q->broken_addr,
         .last_avail = q->last_avail, .used_idx = q->used_idx, .started = q->started,
-        .suspended = q->suspended, .avail_idx = q->avail_seen, .rules = q->rules,
+        .suspended = q->suspended, .avail_idx = q->avail_seen, .rules = q->rules, .published = q->published,
+        .driver_event = q->driver_event, .no_notify = q->no_notify, .remote = q->needs_far,
     };
 }
 
@@ -763,9 +764,9 @@ static bool ran_empty(vpci_queue *q)
 
 static bool interrupt_wanted(vpci_queue *q, uint16_t old)
 {
-    if (q->rules & VPCI_RING_USED_EVENT)
-        return vpci_need_event(load16(q, used_event_off(q)), q->used_idx, old);
-    return !(load16(q, avail_flags_off(q)) & AVAIL_NO_INTERRUPT);
+    bool by_event = q->rules & VPCI_RING_USED_EVENT;
+    uint16_t asked = q->driver_event = load16(q, by_event ? used_event_off(q) : avail_flags_off(q));
+    return by_event ? vpci_need_event(asked, q->used_idx, old) : !(asked & AVAIL_NO_INTERRUPT);
 }
 
 static bool is_at_work(const vpci_queue *q)

@@ -12,6 +12,7 @@ from vpci.driver.virtqueue import Buffer, Virtqueue
 from vpci.spec import blk
 
 _HEADER = struct.Struct("<IIQ")
+_SEGMENT = struct.Struct("<QII")
 _STATUS_UNWRITTEN = 0xEE
 _FILL = 0xAA
 
@@ -64,6 +65,19 @@ class BlkDriver:
     def get_id(self, size: int = blk.ID_SIZE) -> bytes:
         """The serial, up to `size` bytes, NUL padded."""
         return _checked(self.request(blk.T_GET_ID, 0, in_size=size), "GET_ID").data
+
+    def discard(self, sector: int, n_sectors: int) -> None:
+        """The bytes of `n_sectors` are not needed any more."""
+        _checked(self.segments(blk.T_DISCARD, (sector, n_sectors, 0)), f"DISCARD {sector}+{n_sectors}")
+
+    def write_zeroes(self, sector: int, n_sectors: int, *, unmap: bool = False) -> None:
+        """`n_sectors` read as zero from now on; with `unmap` the device may give their space back."""
+        done = self.segments(blk.T_WRITE_ZEROES, (sector, n_sectors, unmap * blk.SEG_UNMAP))
+        _checked(done, f"WRITE_ZEROES {sector}+{n_sectors}")
+
+    def segments(self, kind: int, *segments: tuple[int, int, int]) -> Completion:
+        """A request of segments, each (sector, sectors, flags)."""
+        return self.request(kind, 0, b"".join(_SEGMENT.pack(*segment) for segment in segments))
 
     def request(
         self,

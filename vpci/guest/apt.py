@@ -226,7 +226,7 @@ def python_headers(version: str, progress: Progress = quiet) -> list[Path]:
     """
 
     def make(folder: Path) -> None:
-        with private_apt([_debian_codename()], progress) as apt:
+        with private_apt([debian_codename()], progress) as apt:
             root = unpack(apt.download([f"libpython{version}-dev"]), apt.folder / "root", progress)
             (root / "usr/include").rename(folder / "include")
 
@@ -240,7 +240,7 @@ def cached_python_headers(version: str) -> list[Path] | None:
     return [include / f"python{version}", include] if include.is_dir() else None
 
 
-def _debian_codename() -> str:
+def debian_codename() -> str:
     found = re.search(r'^VERSION_CODENAME="?(\w+)', Path("/etc/os-release").read_text(), re.MULTILINE)
     if not found or found[1] not in CODENAMES:
         raise ProvisionError("/etc/os-release names no Debian release: Python.h cannot be fetched, install python3-dev")

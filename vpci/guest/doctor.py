@@ -16,6 +16,7 @@ from vpci.errors import VpciError
 from vpci.guest.apt import KEYRING, cached_python_headers, find_mirror
 from vpci.guest.cache import cache_dir
 from vpci.guest.kernel import KERNELS, find_kernel
+from vpci.guest.libnbd import find_libnbd
 from vpci.guest.qemu import find_qemu
 
 OLDEST_PYTHON = (3, 11)
@@ -37,7 +38,7 @@ class Check:
 
 def checks() -> list[Check]:
     """Every check, in the order of use: build, run, fetch, guests, network."""
-    later = (replace(check, needed=False) for check in (*_guests(), *_network()))
+    later = (replace(check, needed=False) for check in (*_guests(), *_network(), *_disks()))
     return [*_build(), *_fetching(), *later]
 
 
@@ -98,6 +99,11 @@ def _network() -> Iterator[Check]:
     tun = Path("/dev/net/tun")
     usable = tun.exists() and os.access(tun, os.R_OK | os.W_OK)
     yield _check("/dev/net/tun", str(tun) if usable else "", "only for TAP: modprobe tun, and run as root")
+
+
+def _disks() -> Iterator[Check]:
+    hint = "only for disks on an NBD server: apt-get install libnbd0, or vpci doctor --fetch libnbd"
+    yield _asked("libnbd", lambda: find_libnbd() or "", hint)
 
 
 def _asked(name: str, ask: Callable[[], str], hint: str) -> Check:

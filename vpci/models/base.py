@@ -14,7 +14,7 @@ import msgspec
 from vpci.spec.config_field import ConfigField
 from vpci.spec.pci import Identity
 
-__all__ = ["Chain", "ConfigField", "Host", "Identity", "Model", "NoSection", "QueueSpec"]
+__all__ = ["Chain", "ConfigField", "Host", "Identity", "Model", "NoSection", "Operation", "QueueSpec"]
 
 
 class QueueSpec(NamedTuple):
@@ -22,6 +22,19 @@ class QueueSpec(NamedTuple):
 
     name: str
     size: int
+
+
+class Operation(NamedTuple):
+    """What somebody outside may ask a running device for (`vpci ctl`).
+
+    `run(model, *arguments)` gets as many strings as `arguments` names, or numbers from JSON, on a thread of its own:
+    it may wait. It returns facts, raises VpciError with what is wrong, and never touches a ring. A change of the
+    configuration bytes is told to the driver when it returns.
+    """
+
+    about: str
+    arguments: tuple[str, ...]
+    run: Callable[..., Mapping[str, object]]
 
 
 class Chain(Protocol):
@@ -87,6 +100,7 @@ class Model:
     config_fields: ClassVar[tuple[ConfigField, ...]] = ()
     config_size: ClassVar[int] = 0
     default_queue_size: ClassVar[int] = 256
+    operations: ClassVar[Mapping[str, Operation]] = {}
     # bits that [features] offer cannot switch on, and what to do instead
     not_by_offer: ClassVar[Mapping[int, str]] = {}
 

@@ -7,20 +7,25 @@ table and never the model.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from vpci._core import ffi, lib
+from vpci.backends import Disk
+from vpci.errors import BackendError
 from vpci.models.base import Chain, Model
 
 log = logging.getLogger(__name__)
 
 BATCH = 64
+#: How long a backend gets to finish what it has begun, before somebody from outside changes it.
+PAUSE_MS = 10_000
 
 
 class Engine(Protocol):
@@ -40,11 +45,15 @@ class Engine(Protocol):
 
 
 class BlkEngine:
-    """The block engine on an open file: requests are parsed and served in C."""
+    """The block engine on a backend: requests are parsed and served in C. `setup`: fields of vpci_blk_setup."""
 
-    def __init__(self, fd: int, sectors: int, read_only: bool, serial: str, n_queues: int, n_threads: int) -> None:
+    def __init__(self, disk: Disk, serial: str, **setup: Any) -> None:
+        self._disk = disk  # the backend's state lives as long as the engine
+        text = ffi.new("char[]", serial.encode("ascii"))
+        place = {"ops": disk.ops, "disk": disk.state, "align": disk.align, "private_memory": disk.private_memory}
+        made = ffi.new("vpci_blk_setup *", {**place, "sectors": disk.sectors, "serial": text, **setup})
         self.ops = lib.vpci_blk_engine()
-        self.state = lib.vpci_blk_new(fd, sectors, read_only, serial.encode("ascii"), n_queues, n_threads)
+        self.state = lib.vpci_blk_new(made)
         if self.state == ffi.NULL:
             raise MemoryError("no memory or no threads for the block engine")
 
@@ -54,6 +63,28 @@ class BlkEngine:
     def set_writeback(self, writeback: bool) -> None:
         """The config field: False makes every write write-through."""
         lib.vpci_blk_set_writeback(self.state, writeback)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No request is in the backend's hands; what comes waits. BackendError when the backend does not get done."""
+        result = lib.vpci_blk_pause(self.state, PAUSE_MS)
+        if result < 0:
+            told = f"has not finished what it began within {PAUSE_MS / 1000:g} s, so nothing was changed"
+            raise BackendError(self._disk.path, -result, told)
+        try:
+            yield
+        finally:
+            lib.vpci_blk_resume(self.state)
+
+    def resized(self) -> None:
+        """While paused: the disk has another size."""
+        lib.vpci_blk_set_sectors(self.state, self._disk.sectors)
+
+    def reopened(self) -> None:
+        """While paused: the disk was opened anew, and what a failed flush said of it is over."""
+        disk = self._disk
+        lib.vpci_blk_reopened(self.state, disk.ops, disk.state, disk.align)
+        self.resized()
 
     def stats(self) -> dict[str, int]:
         stats = ffi.new("vpci_blk_stats *")

@@ -85,3 +85,6 @@ CONFIG_FIELDS = (
     ConfigField("secure_erase_sector_alignment", 68, 32, F_SECURE_ERASE),
 )
 CONFIG_SIZE = 72
+WRITEBACK_OFFSET = 32
+SEG_SIZE = 16  # u64 sector, u32 num_sectors, u32 flags
+SEG_UNMAP = 1

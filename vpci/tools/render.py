@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -116,6 +116,65 @@ def rings(state: dict[str, Any]) -> Table:
         counts = [str(ring[key]) for key in RING_COLUMNS.values()]
         table.add_row(f"{queue['index']} {queue['name']}", str(queue["size"]), vector, *counts)
     return table
+
+
+INDICES = {
+    "avail.idx": "avail_idx",
+    "taken": "last_avail",
+    "used.idx": "published",
+    "in flight": "in_flight",
+    "driver event": "driver_event",
+}
+
+
+def indices(state: dict[str, Any]) -> Table:
+    """Where each ring is, and who has asked the other for quiet."""
+    table = _table("rings", "queue", "ring", *INDICES, "kicks", "memory", right=list(INDICES))
+    for queue, ring in zip(state["queues"], state["rings"], strict=True):
+        numbers = [str(ring[key]) for key in INDICES.values()]
+        quiet = "not wanted" if ring["no_notify"] else "wanted"
+        table.add_row(str(queue["index"]), _ring_health(ring), *numbers, quiet, "remote" if ring["remote"] else "here")
+    return table
+
+
+def _ring_health(ring: dict[str, Any]) -> Text:
+    if ring["broken"]:
+        return Text("broken", style="bold red")
+    if not ring["started"]:
+        return Text("stopped", style="dim")
+    return Text("suspended", style="yellow") if ring["suspended"] else Text("started", style="green")
+
+
+def counters(title: str, values: Mapping[str, Any]) -> Table:
+    """Names and numbers."""
+    table = _table(title, "", "", right=[""])
+    for name, value in values.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def state(result: Mapping[str, Any]) -> None:
+    """What `vpci ctl SOCKET state` answers."""
+    out, known = console(), dict(result)
+    tables = [features(known), rings(known), indices(known)]
+    for table in [*tables, counters("engine", known["engine"]), counters("server", known["server"])]:
+        show(out, table)
+    out.print(f"driver's status: {', '.join(known['status']) or 'reset'}")
+
+
+def operations(result: Mapping[str, Any]) -> None:
+    """What `vpci ctl SOCKET help` answers."""
+    table = _table("operations of this device", "operation", "arguments", "")
+    for name, row in result.items():
+        table.add_row(name, " ".join(row["arguments"]), row["about"])
+    show(console(), table)
+
+
+def facts(result: Mapping[str, Any]) -> None:
+    """What any other operation answers."""
+    out = console()
+    for name, value in result.items():
+        out.print(f"{name}: {value}")
 
 
 def steps(done: Sequence[dict[str, Any]]) -> Table:

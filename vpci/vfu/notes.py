@@ -112,6 +112,15 @@ def _lost(event: Any) -> Report:
     return Report("notes_lost", f"{event.a} more events were not kept: they came too fast", {"count": event.a})
 
 
+def _backend(event: Any) -> Report:
+    name = errno.errorcode.get(event.a, str(event.a))
+    text = (
+        f"queue {event.queue}: the backend failed with {name} (request type {event.b}, sector {event.c}); such "
+        "requests end with IOERR; said once: see to the backend, then `vpci ctl SOCKET reopen`"
+    )
+    return Report("backend_error", text, {"queue": event.queue, "errno": event.a, "type": event.b, "sector": event.c})
+
+
 _REPORTS: dict[int, Callable[[Any], Report]] = {
     lib.VPCI_NOTE_CLIENT: _client,
     lib.VPCI_NOTE_REFUSED: _refused,
@@ -121,6 +130,7 @@ _REPORTS: dict[int, Callable[[Any], Report]] = {
     lib.VPCI_NOTE_CANCEL: _cancel,
     lib.VPCI_NOTE_STUCK: _stuck,
     lib.VPCI_NOTE_LOST: _lost,
+    lib.VPCI_NOTE_BACKEND: _backend,
 }
 
 

@@ -57,6 +57,7 @@ class Server:
         self.session = Session(function)
         self.engine = engine_of(model)
         self._lock = threading.RLock()  # answers and posts reach the pump in the order in which the state changed
+        self.before_stop: list[Callable[[], None]] = []  # ends what asks us from outside
         self._generation = -1
         self._listener: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="vpci-control", daemon=True)
@@ -89,6 +90,8 @@ class Server:
 
     def stop(self) -> str:
         """Drain, end the client's connection, stop listening, flush. Returns what was lost: nothing, or a sentence."""
+        while self.before_stop:
+            self.before_stop.pop()()
         if self._thread.is_alive():
             lib.vpci_dev_stop(self._dev)
             self._thread.join()

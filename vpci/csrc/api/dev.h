@@ -74,7 +74,9 @@ enum vpci_note {
     VPCI_NOTE_PROTOCOL,       /* the connection was closed: a = reason (enum vpci_refusal), b = detail */
     VPCI_NOTE_CANCEL,         /* a drain takes long; what can be cancelled is: a = chains in flight */
     VPCI_NOTE_STUCK,          /* a drain did not end: the connection is closed: a = chains in flight */
-    VPCI_NOTE_LOST            /* notes were not kept: a = how many */
+    VPCI_NOTE_LOST,           /* notes were not kept: a = how many */
+    VPCI_NOTE_BACKEND         /* a backend failed, told once until it is opened anew: queue, a = errno, b = the type of
+                               * the request, c = its first sector */
 };
 
 enum vpci_refusal {

@@ -1,0 +1,223 @@
+"""The control socket of a device that is served: `commands` start one beside a server, `vpci ctl` speaks to it.
+
+The socket is the device's path with ".ctl", mode 0600. One JSON object a line goes in, {"op": NAME, "args": [...]}, and
+one comes out, {"ok": true, "result": {...}} or {"ok": false, "error": TEXT}. An operation is a row of a table: those
+below, and the model's own. Each client has a thread; whatever it does, or does not do, the pump never hears of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vpci.errors import BackendError, ConfigError, VpciError
+from vpci.models.base import Operation
+from vpci.vfu.server import Server, listen
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".ctl"
+MAX_CLIENTS = 8
+MAX_LINE = 65536
+#: A client that is silent, or does not read, for so long is left alone.
+IDLE_S = 60.0
+
+
+class Ctl:
+    """Answers on the control socket of `server`, from start() until the server stops."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.path = server.path + SUFFIX
+        self._busy = threading.Lock()  # operations of the model, one after the other
+        self._clients: dict[socket.socket, threading.Thread] = {}
+        self._changed = threading.Lock()  # of _clients
+        self._listener: socket.socket | None = None
+        self._thread = threading.Thread(target=self._accept_all, name="vpci-ctl", daemon=True)
+
+    def start(self) -> None:
+        """Take the path. BackendError when it cannot be had."""
+        self._listener = listen(self.path)
+        self._listener.setblocking(True)
+        self._thread.start()
+        self.server.before_stop.append(self.close)
+
+    def close(self) -> None:
+        """Let every client go and give the path back; an operation under way comes to its end."""
+        if self._listener is None:
+            return
+        self._listener.shutdown(socket.SHUT_RDWR)  # accept() returns
+        self._thread.join()
+        self._listener.close()
+        os.unlink(self.path)
+        with self._changed:
+            clients = dict(self._clients)
+        for client, thread in clients.items():
+            _hang_up(client)
+            thread.join()
+        self._listener = None
+
+    # -- clients ------------------------------------------------------------------------------------------------------
+
+    def _accept_all(self) -> None:
+        assert self._listener is not None
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # close()
+                    return
+                log.warning("control socket %s: %s", self.path, error)
+                continue
+            self._accept(client)
+
+    def _accept(self, client: socket.socket) -> None:
+        client.settimeout(IDLE_S)
+        with self._changed:
+            if len(self._clients) >= MAX_CLIENTS:
+                _send(client, _failed(f"{MAX_CLIENTS} clients are here already; try again when one has gone"))
+                client.close()
+                return
+            thread = threading.Thread(target=self._serve, args=(client,), name="vpci-ctl-client", daemon=True)
+            self._clients[client] = thread
+        thread.start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            for line in _lines(client):
+                _send(client, self.answer(line))
+        except OSError:  # it went away, or was silent for too long
+            pass
+        finally:
+            client.close()
+            with self._changed:
+                del self._clients[client]
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def operations(self) -> Mapping[str, Operation]:
+        """Every operation that this device knows."""
+        return {**_COMMON, **self.server.model.operations}
+
+    def answer(self, line: bytes | None) -> dict[str, Any]:
+        """The reply to one line; None stands for one that was too long."""
+        try:
+            if line is None:
+                raise ConfigError("", "request", f"more than {MAX_LINE} bytes", "one JSON object a line")
+            return {"ok": True, "result": self._perform(*_parsed(line))}
+        except VpciError as error:
+            return _failed(str(error))
+        except Exception as error:
+            log.exception("the operation of %r failed", line)
+            return _failed(f"a fault of vpci's own, which its log tells more of: {error!r}")
+
+    def _perform(self, name: str, args: Sequence[Any]) -> Mapping[str, Any]:
+        operation = self.operations.get(name)
+        if operation is None:
+            raise ConfigError("", "op", name, ", ".join(self.operations))
+        if len(args) != len(operation.arguments):
+            wanted = " ".join(operation.arguments) or "no arguments"
+            raise ConfigError("", name, " ".join(map(str, args)) or "no arguments", wanted, operation.about)
+        if name in _COMMON:
+            return operation.run(self, *args)
+        return self._ask_model(name, operation, args)
+
+    def _ask_model(self, name: str, operation: Operation, args: Sequence[Any]) -> Mapping[str, Any]:
+        if not self._busy.acquire(blocking=False):
+            raise BackendError(name, errno.EBUSY, "another operation is under way")
+        try:
+            model = self.server.model
+            before = model.config_bytes()
+            try:
+                return operation.run(model, *args)
+            finally:
+                if model.config_bytes() != before:
+                    self.server.config_changed()
+        finally:
+            self._busy.release()
+
+    # -- operations of every device -----------------------------------------------------------------------------------
+
+    def _state(self) -> Mapping[str, Any]:
+        return self.server.state()
+
+    def _help(self) -> Mapping[str, Any]:
+        return {
+            name: {"arguments": list(operation.arguments), "about": operation.about}
+            for name, operation in self.operations.items()
+        }
+
+
+_COMMON = {
+    "state": Operation("what driver and device have done: features, queues and rings, counters", (), Ctl._state),
+    "help": Operation("every operation that this device knows", (), Ctl._help),
+}
+
+
+def _parsed(line: bytes) -> tuple[str, Sequence[Any]]:
+    """The operation's name and its arguments: strings or numbers."""
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        got = line[:80].decode(errors="replace")
+        raise ConfigError("", "request", got, "one JSON object a line", str(error)) from error
+    name, args = (request.get("op"), request.get("args", [])) if isinstance(request, dict) else (None, None)
+    if isinstance(name, str) and isinstance(args, list) and all(type(arg) in (str, int) for arg in args):
+        return name, args
+    raise ConfigError("", "request", request, '{"op": NAME, "args": [strings or numbers]}')
+
+
+def _lines(client: socket.socket) -> Iterator[bytes | None]:
+    """The lines that a client sends. One that is too long is the last, and is given as None."""
+    held = b""
+    while data := client.recv(MAX_LINE):
+        *lines, held = (held + data).split(b"\n")
+        yield from (line for line in lines if line.strip())
+        if len(held) > MAX_LINE:
+            yield None
+            return
+
+
+def _send(client: socket.socket, reply: Mapping[str, Any]) -> None:
+    client.sendall(json.dumps(reply).encode() + b"\n")
+
+
+def _failed(text: str) -> dict[str, Any]:
+    return {"ok": False, "error": text}
+
+
+def _hang_up(client: socket.socket) -> None:
+    try:
+        client.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        if error.errno not in (errno.ENOTCONN, errno.EBADF):  # it was faster
+            raise
+
+
+# -- the other end ----------------------------------------------------------------------------------------------------
+
+
+def ask(path: str, name: str, args: Sequence[str | int] = (), timeout: float = 60.0) -> Mapping[str, Any]:
+    """Ask the device whose socket, or control socket, is at `path`. BackendError when nobody answers, or it fails."""
+    path = path if path.endswith(SUFFIX) else path + SUFFIX
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(timeout)
+        try:
+            peer.connect(path)
+            _send(peer, {"op": name, "args": list(args)})
+            line = peer.makefile("rb").readline()
+        except OSError as error:
+            hint = "is the device served? " if isinstance(error, FileNotFoundError | ConnectionRefusedError) else ""
+            raise BackendError(path, error.errno or 0, f"{hint}{error.strerror or error}") from error
+    reply = json.loads(line) if line.endswith(b"\n") else _failed("the server hung up without an answer")
+    if not reply["ok"]:
+        raise BackendError(path, 0, reply["error"])
+    result: Mapping[str, Any] = reply["result"]
+    return result
