@@ -124,10 +124,29 @@ static bool fetch(vpci_queue *q)
     return false;
 }
 
+/* A look by an engine that takes its chains itself. What makes the queue runnable meanwhile (while a far ring is asked)
+ * is not forgotten. */
+static void run_engine(struct vpci_dev *dev, vpci_queue *q)
+{
+    uint32_t wish = VPCI_RUN_QUIET;
+    if (pump_may_fetch(dev, q)) {
+        q->runnable = false;
+        wish = q->engine->run(q->engine_state, vpci_host_table(), q, q->index);
+    }
+    if (q->dirty && !q->unwound)
+        publish(dev, q);
+    if (q->unwound || wish == VPCI_RUN_MORE || (wish == VPCI_RUN_KICKS && vpci_ring_idle(q)))
+        q->runnable = true;
+}
+
 /* One look at a ring, by the thread that has the queue. Stopped in the middle (far memory), it stays runnable. */
 void pump_look(struct vpci_dev *dev, vpci_queue *q)
 {
     vpci_ring_busy(q);
+    if (q->engine->run) {
+        run_engine(dev, q);
+        return;
+    }
     bool empty = pump_may_fetch(dev, q) && fetch(q);
     if (q->dirty && !q->unwound)
         publish(dev, q);
@@ -569,7 +588,7 @@ static void take_event(struct vpci_dev *dev, const struct epoll_event *ev)
     } else if (ev->data.fd == dev->watched_unmask_fd) {
         if (take_count(ev->data.fd))
             vpci_irq_unmask_intx(&dev->irq);
-    } else
+    } else if (!watch_event(dev, ev->data.fd, ev->events))
         take_kicks(dev, ev->data.fd);
 }
 

@@ -698,6 +698,14 @@ vpci_chain *vpci_ring_pop(vpci_queue *q)
     return p.chain;
 }
 
+void vpci_ring_unpop(vpci_queue *q, vpci_chain *chain)
+{
+    q->request_errors -= chain->error != VPCI_CHAIN_OK;
+    q->chains--;
+    q->last_avail--;
+    chain_put(q, (struct chain *)chain);
+}
+
 struct push {
     vpci_queue *q;
     struct chain *chain;
