@@ -18,10 +18,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("vpci/csrc")
 #: The border: each header needs those before it. cffi and the C compiler read the same text.
-API = ("wire", "mem", "ring", "irq", "engine", "dev", "disk", "blk", "drv")
+API = ("wire", "mem", "ring", "irq", "engine", "dev", "disk", "blk", "net", "drv")
 SOURCES = (
     *("mem", "fault", "ring", "irq", "hot", "conn", "messages", "mailbox"),
-    *("far", "effects", "pump", "dev", "watch", "pool", "handoff", "disk", "file", "nbd", "blk", "drv"),
+    *("far", "effects", "pump", "dev", "watch", "pool", "handoff", "disk", "file", "nbd", "blk", "port", "net", "drv"),
 )
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-fvisibility=hidden"]
 #: What cffi itself generates is not ours to make free of these.

@@ -165,28 +165,35 @@ static void publish_all(struct vpci_dev *dev)
             publish(dev, dev->queues[i]);
 }
 
-static bool look_here(struct vpci_dev *dev, vpci_queue *q)
+static void look_here(struct vpci_dev *dev, vpci_queue *q)
 {
     if (pump_may_fetch(dev, q))
         pump_look(dev, q);
     else if (q->dirty)
         publish(dev, q);
     q->unwound = false;   /* set when it met far memory: then it is the far thread's from here on */
-    return pump_may_fetch(dev, q);
+}
+
+/* Is there a ring to look at again? Also one that was passed before another's engine asked for it. */
+static bool has_more(const struct vpci_dev *dev)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        if (pump_may_fetch(dev, dev->queues[i]) && !far_has(dev->queues[i]))
+            return true;
+    return false;
 }
 
 static bool look_at_rings(struct vpci_dev *dev)
 {
-    bool more = false;
     for (uint32_t i = 0; i < dev->n_queues; i++) {
         vpci_queue *q = dev->queues[i];
         if (!far_has(q))
-            more |= look_here(dev, q);
+            look_here(dev, q);
         else if (pump_may_fetch(dev, q) || q->dirty || q->done)
             far_start(dev);
         note_ring_error(dev, q);
     }
-    return more;
+    return has_more(dev);
 }
 
 static void finish_chains(struct vpci_dev *dev, vpci_chain *chain)

@@ -10,7 +10,7 @@ from vpci.errors import ConfigError
 from vpci.models.base import Model
 
 GROUP = "vpci.models"
-BUILT_IN = {"blk": "vpci.models.blk:BlkModel"}
+BUILT_IN = {"blk": "vpci.models.blk:BlkModel", "net": "vpci.models.net:NetModel"}
 
 
 def find_model(name: str) -> type[Model]:
