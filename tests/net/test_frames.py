@@ -74,12 +74,36 @@ def test_a_long_frame_takes_as_many_buffers_as_it_needs_in_one_publication(wired
     assert after["interrupts"] + after["suppressed"] == before["interrupts"] + before["suppressed"] + 1
 
 
-@pytest.mark.parametrize("features", [0, MRG])
-def test_a_frame_longer_than_all_buffers_is_dropped_and_the_buffers_stay(wired, features):
-    rig, end = wired(features=features, driver=False)
+def test_a_frame_longer_than_its_buffer_is_dropped_and_the_buffer_stays(wired):
+    rig, end = wired(driver=False)
     rig.raw(0, (200, True))
     end.send(frame(size=400), frame(size=60))
-    assert rig.used(0, 1).len == (12 if features else 10) + 60
+    assert rig.used(0, 1).len == 10 + 60
+    assert rig.stats()["rx_too_long"] == 1
+
+
+@pytest.mark.parametrize("rules", [0, 1 << 29])
+def test_a_frame_waits_until_there_are_enough_buffers_for_it(wired, rules):
+    rig, end = wired(features=MRG | rules, driver=False)
+    rig.raw(0, (200, True))
+    end.send(frame(size=400), frame(size=60))
+    rig.wait_stats(rx_starved=1)
+    rig.raw(0, (100, True))
+    rig.wait_stats(rx_starved=2)
+    assert rig.server.queue_stats()[0]["in_flight"] == 0
+    rig.raw(0, (200, True))
+    assert [rig.used(0, n).len for n in (1, 2, 3)] == [200, 100, 112]
+    rig.raw(0, (100, True))
+    assert rig.used(0, 4).len == 72
+    assert (rig.stats()["rx_too_long"], rig.stats()["rx_starved"]) == (0, 3)
+
+
+def test_a_frame_longer_than_all_buffers_of_a_full_ring_is_dropped(wired):
+    rig, end = wired("queues.size=4", features=MRG, driver=False)
+    for _ in range(4):
+        rig.raw(0, (50, True))
+    end.send(frame(size=400), frame(size=60))
+    assert rig.used(0, 2).len == 22
     assert rig.stats()["rx_too_long"] == 1
 
 

@@ -239,15 +239,12 @@ static enum verdict deliver(struct vpci_net *net, const vpci_host *host, vpci_qu
     vpci_chain **chains = net->pairs[q->index / 2]->chains;
     uint64_t need = (uint64_t)net->header + f->len, room;
     uint32_t n = take_chains(net, host, q, chains, need, &room);
-    if (!n) {
-        net->stats.rx_starved++;
-        return STARVED;
-    }
     if (room < need) {
-        net->stats.rx_too_long++;
+        bool may_grow = !n || (has(net->features, VPCI_NET_F_MRG_RXBUF) && n < q->size);
+        ++*(may_grow ? &net->stats.rx_starved : &net->stats.rx_too_long);
         while (n)
             host->put_back(q, chains[--n]);
-        return TAKEN;
+        return may_grow ? STARVED : TAKEN;
     }
     net->stats.rx_frames++;
     net->stats.rx_bytes += f->len;

@@ -135,7 +135,7 @@ static void run_engine(struct vpci_dev *dev, vpci_queue *q)
     }
     if (q->dirty && !q->unwound)
         publish(dev, q);
-    if (q->unwound || wish == VPCI_RUN_MORE || (wish == VPCI_RUN_KICKS && vpci_ring_idle(q)))
+    if (q->unwound || wish == VPCI_RUN_MORE || (wish == VPCI_RUN_KICKS && vpci_ring_starve(q)))
         q->runnable = true;
 }
 

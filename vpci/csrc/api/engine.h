@@ -27,7 +27,7 @@ typedef struct vpci_host {
 /* What run() says of its queue. */
 enum vpci_run {
     VPCI_RUN_MORE,      /* call again: there was more than one look may take */
-    VPCI_RUN_KICKS,     /* the ring is empty: the driver is asked for a kick */
+    VPCI_RUN_KICKS,     /* the ring is empty, or has too little: the driver is asked for a kick when it has more */
     VPCI_RUN_QUIET      /* chains may be there and are of no use now: no kick is asked for, event() will tell */
 };
 

@@ -61,7 +61,7 @@ typedef struct vpci_net_stats {
     uint64_t tx_blocked;     /* times that chains had to wait for the backend */
     uint64_t rx_filtered;    /* not for this guest: by address, VLAN or mode */
     uint64_t rx_not_ready;   /* the link is down or the receive queue does not run */
-    uint64_t rx_too_long;    /* longer than all buffers posted, or than any frame */
+    uint64_t rx_too_long;    /* longer than a buffer, with MRG_RXBUF than all buffers of a full ring, or than any frame */
     uint64_t rx_short;       /* less than an Ethernet header */
     uint64_t rx_bad_buffer;  /* chains that cannot hold a header */
     uint64_t rx_bad_offload; /* segments that the driver did not ask for */

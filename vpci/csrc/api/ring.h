@@ -117,6 +117,9 @@ void vpci_ring_busy(vpci_queue *q);
 /* Ask for kicks and look once more. Returns 1 when there is something to fetch after all. */
 int vpci_ring_idle(vpci_queue *q);
 
+/* The same when chains that were put back are too few: only for those that come after them. */
+int vpci_ring_starve(vpci_queue *q);
+
 /* need_event of the specification, for tests. */
 int vpci_need_event(uint16_t event, uint16_t new_idx, uint16_t old_idx);
 
