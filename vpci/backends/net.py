@@ -42,6 +42,9 @@ class Wire(Protocol):
     def set_pairs(self, n: int) -> None:
         """The driver uses the first n pairs."""
 
+    def reopen(self) -> None:
+        """Find again what went away, as somebody asks from outside; any thread. BackendError when that cannot be."""
+
     def close(self) -> None:
         """Give back what was not plugged in."""
 
@@ -60,6 +63,9 @@ class NullWire:
 
     def set_pairs(self, n: int) -> None:
         """All pairs share one port."""
+
+    def reopen(self) -> None:
+        """What goes away here is looked for anyway."""
 
     def close(self) -> None:
         """It has nothing."""

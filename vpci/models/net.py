@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from vpci.backends.net import DatagramWire, LoopWire, NullWire, StreamWire, Wire
+from vpci.backends.tap import TapWire
 from vpci.errors import ConfigError
 from vpci.models.base import Chain, Host, Identity, Model, Operation, QueueSpec
 from vpci.models.net_engine import NetEngine
@@ -40,13 +41,24 @@ class NetSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The network device: what is behind it, and what the guest is told of it."""
 
     backend: Annotated[
-        Literal["loop", "null", "datagram", "stream"],
+        Literal["loop", "null", "datagram", "stream", "tap"],
         Meta(
             description='"loop": frames come back. "null": they go nowhere. "datagram": a UNIX datagram socket, one '
             "datagram a frame. \"stream\": QEMU's framing on a UNIX socket, for passt, a netdev of QEMU's, or another "
-            "vpci."
+            'vpci. "tap": a TAP interface.'
         ),
     ] = "loop"
+    tap: Annotated[
+        Annotated[str, Meta(pattern="^[^/ %]{1,15}$")] | None,
+        Meta(
+            description="tap: the interface's name. One that is not there is made, which takes CAP_NET_ADMIN.",
+            examples=["tap0"],
+        ),
+    ] = None
+    fds: Annotated[
+        list[int],
+        Meta(description="tap: descriptors that this process was started with, one a pair, instead of net.tap."),
+    ] = []
     path: Annotated[
         str | None,
         Meta(
@@ -73,7 +85,8 @@ class NetSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pairs: Annotated[
         int,
         Meta(
-            description="Pairs of queues; more than 1 offers VIRTIO_NET_F_MQ. Each sends; frames come on the first.",
+            description="Pairs of queues; more than 1 offers VIRTIO_NET_F_MQ. A TAP has a queue for each; with any "
+            "other backend frames come on the first.",
             ge=1,
             le=32,
         ),
@@ -213,6 +226,7 @@ class NetModel(Model):
         assert self._engine is not None  # it is what calls us
         self._host = host
         host.watch(self._engine.event_fd, select.POLLIN, self._lost)
+        self.wire.set_pairs(1)
         self.wire.start(self._engine.plug, self._engine.is_plugged, host.watch)
 
     def _lost(self, events: int) -> None:
@@ -345,11 +359,21 @@ class NetModel(Model):
             self._announce = True
         return self._told()
 
+    def reopen(self) -> Mapping[str, object]:
+        """Open a backend that went away anew."""
+        self.wire.reopen()
+        with self._lock:
+            self.wire.set_pairs(self.pairs)
+        if self._host:
+            self._host.wake()
+        return self._told()
+
     def _told(self) -> Mapping[str, object]:
         return {"link": self.link, "carrier": self.carrier, "announce": self._announce}
 
     operations = {
         "link": Operation("take the link up or down; the driver is told", ("UP|DOWN",), set_link),
+        "reopen": Operation("open a backend that went away anew", (), reopen),
         "announce": Operation("ask the driver to tell its neighbours where it is", (), announce),
     }
 
@@ -396,11 +420,20 @@ def _open_stream(section: NetSection) -> Wire:
     return StreamWire(section.path, section.peer)
 
 
+def _open_tap(section: NetSection) -> Wire:
+    if bool(section.tap) == bool(section.fds):
+        raise ConfigError("", "net.tap", section.tap, "either net.tap, a name, or net.fds")
+    if section.fds and len(section.fds) != section.pairs:
+        raise ConfigError("", "net.fds", section.fds, f"as many as net.pairs, {section.pairs}")
+    return TapWire(section.tap, section.fds, section.pairs)
+
+
 _WIRES: Mapping[str, Callable[[NetSection], Wire]] = {
     "null": _open_null,
     "loop": _open_loop,
     "datagram": _open_datagram,
     "stream": _open_stream,
+    "tap": _open_tap,
 }
 
 
