@@ -42,6 +42,7 @@ struct vpci_net {
     uint32_t header;              /* bytes before each frame */
     bool link;
     int event_fd;
+    struct capture *capture;      /* NULL: none */
     vpci_net_filter filter;
     vpci_net_stats stats;
 };
@@ -232,6 +233,14 @@ static void fill(const struct vpci_net *net, const vpci_host *host, vpci_chain *
     }
 }
 
+static void keep_frame(struct vpci_net *net, const vpci_queue *q, const struct iovec *iov, uint32_t n, uint32_t len)
+{
+    if (!net->capture)
+        return;
+    bool kept = capture_add(net->capture, q->mem, iov, n, len);
+    ++*(kept ? &net->stats.captured : &net->stats.not_captured);
+}
+
 enum verdict { TAKEN, STARVED };
 
 static enum verdict deliver(struct vpci_net *net, const vpci_host *host, vpci_queue *q, const struct frame *f)
@@ -248,6 +257,7 @@ static enum verdict deliver(struct vpci_net *net, const vpci_host *host, vpci_qu
     }
     net->stats.rx_frames++;
     net->stats.rx_bytes += f->len;
+    keep_frame(net, q, &(struct iovec){(void *)(uintptr_t)f->data, f->len}, 1, f->len);
     fill(net, host, chains, n, f);
     return TAKEN;
 }
@@ -474,6 +484,8 @@ static uint64_t settle(struct vpci_net *net, const vpci_host *host, vpci_queue *
         net->stats.tx_frames += !tx->out[i].failed;
         net->stats.tx_bytes += tx->out[i].failed ? 0 : tx->out[i].len;
         bytes += tx->out[i].len;
+        if (!tx->out[i].failed)
+            keep_frame(net, q, tx->out[i].iov + 1, tx->out[i].n_iov - 1, tx->out[i].len);
         host->done(tx->out[i].chain, 0);
     }
     if (tx->bad && sent == tx->n)
@@ -701,7 +713,7 @@ vpci_net *vpci_net_new(const vpci_net_setup *setup)
     net->control = setup->control;
     net->header = HEADER;
     net->link = true;
-    if (make(net, setup))
+    if (make(net, setup) && (setup->capture < 0 || (net->capture = capture_new(setup->capture))))
         return net;
     vpci_net_free(net);
     return NULL;
@@ -721,6 +733,7 @@ void vpci_net_free(vpci_net *net)
             free(net->pairs[i]->tx.flat);
         free(net->pairs[i]);
     }
+    capture_free(net->capture);
     if (net->event_fd >= 0)
         close(net->event_fd);
     free(net->ports);

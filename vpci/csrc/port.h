@@ -78,4 +78,15 @@ void port_fini(struct port *p);
 /* Forget everything of the descriptor that was plugged in, and of the stream in the middle. */
 void port_clear(struct port *p);
 
+/* ---- capture.c ---- */
+
+struct capture;
+
+/* The fd is its own when it could be made; NULL when memory or threads are short. */
+struct capture *capture_new(int fd);
+/* What was added is written first. */
+void capture_free(struct capture *c);
+/* Keep a frame of len bytes that lies in these pieces. Returns false when there is no room now, or the disk failed. */
+bool capture_add(struct capture *c, vpci_mem *mem, const struct iovec *iov, uint32_t n, uint32_t len);
+
 #endif

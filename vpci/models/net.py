@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from vpci.backends.net import DatagramWire, LoopWire, NullWire, StreamWire, Wire
 from vpci.backends.tap import TapWire
-from vpci.errors import ConfigError
+from vpci.errors import BackendError, ConfigError
 from vpci.models.base import Chain, Host, Identity, Model, Operation, QueueSpec
 from vpci.models.net_engine import NetEngine
 from vpci.spec import net
@@ -82,6 +82,13 @@ class NetSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=net.MTU_MIN, le=net.MTU_MAX)] | None,
         Meta(description="Offer VIRTIO_NET_F_MTU with this value. Absent: it is not offered.", examples=[1500]),
     ] = None
+    capture: Annotated[
+        str | None,
+        Meta(
+            description="A pcap file of every frame that goes out and comes in, made anew at each start.",
+            examples=["net.pcap"],
+        ),
+    ] = None
     pairs: Annotated[
         int,
         Meta(
@@ -132,6 +139,7 @@ class NetModel(Model):
         super().__init__(section, queue_size, max_sg)
         self._configured_mac = _parse_mac(section.mac) if section.mac else _OUI + secrets.token_bytes(3)
         self.wire = open_wire(section)
+        self._capture = self._open_capture(section.capture)
         self.acked = 0
         self.link = True  # as somebody outside wishes
         self.carrier = self.wire.kind in _ALWAYS_THERE
@@ -141,6 +149,15 @@ class NetModel(Model):
         self._engine: NetEngine | None = None
         self._host: Host | None = None
         self._forget()
+
+    def _open_capture(self, path: str | None) -> int:
+        if not path:
+            return -1
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            self.wire.close()
+            raise BackendError(path, error.errno or 0, f"cannot write the capture ({error.strerror})") from error
 
     def _forget(self) -> None:
         """What a driver set, back to how it is found."""
@@ -219,7 +236,8 @@ class NetModel(Model):
 
     def engine(self) -> NetEngine:
         wire = self.wire
-        self._engine = NetEngine(self, wire.kind, self.section.pairs, wire.n_ports, wire.peer)
+        capture, self._capture = self._capture, -1
+        self._engine = NetEngine(self, wire.kind, self.section.pairs, wire.n_ports, wire.peer, capture)
         return self._engine
 
     def attach(self, host: Host) -> None:
@@ -256,6 +274,8 @@ class NetModel(Model):
 
     def close(self) -> None:
         self.wire.close()
+        if self._capture >= 0:
+            os.close(self._capture)
 
     # -- the control queue ------------------------------------------------------------------------------------------
 

@@ -13,12 +13,17 @@ _TABLE_BYTES = 6 * lib.VPCI_NET_TABLE
 
 
 class NetEngine:
-    """The C engine and the thread behind it. `plug` and its like may be called from any thread."""
+    """The C engine and the thread behind it. `plug` and its like may be called from any thread.
 
-    def __init__(self, model: Model, kind: int, n_pairs: int, n_ports: int, peer: str | None) -> None:
+    `capture` is a descriptor for a pcap file, which the engine closes; -1 = none.
+    """
+
+    def __init__(
+        self, model: Model, kind: int, n_pairs: int, n_ports: int, peer: str | None, capture: int = -1
+    ) -> None:
         self._control = EventEngine(model)
         text = ffi.new("char[]", peer.encode()) if peer else ffi.NULL
-        made = ffi.new("vpci_net_setup *", (n_pairs, kind, n_ports, text, self._control.state))
+        made = ffi.new("vpci_net_setup *", (n_pairs, kind, n_ports, text, self._control.state, capture))
         self.ops = lib.vpci_net_engine()
         self.state = lib.vpci_net_new(made)
         if self.state == ffi.NULL:

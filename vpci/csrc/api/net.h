@@ -43,6 +43,7 @@ typedef struct vpci_net_setup {
     uint32_t n_ports;        /* 1: all pairs share it, and pair 0 receives; or n_pairs */
     const char *peer;        /* DATAGRAM: where frames go */
     vpci_handoff *control;   /* takes the chains of the control queue */
+    int capture;             /* a file for a pcap of what goes out and comes in, -1: none; the engine's if it is made */
 } vpci_net_setup;
 
 /* What is let through to the guest; Python makes it from the control queue's commands. */
@@ -74,6 +75,8 @@ typedef struct vpci_net_stats {
     uint64_t tx_errors;      /* the backend refused it */
     uint64_t checksums;      /* completed by us */
     uint64_t lost;           /* times that a backend went away */
+    uint64_t captured;
+    uint64_t not_captured;   /* faster than they could be written, or the disk failed */
 } vpci_net_stats;
 
 /* NULL when memory is short. Free it when the pump has ended, before the device. */
