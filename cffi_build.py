@@ -21,23 +21,8 @@ CSRC = Path("vpci/csrc")
 API = ("wire", "mem", "ring", "irq", "engine", "dev", "disk", "blk", "net", "drv")
 SOURCES = (
     *("mem", "fault", "ring", "irq", "hot", "conn", "messages", "mailbox"),
-    *(
-        "far",
-        "effects",
-        "pump",
-        "dev",
-        "watch",
-        "pool",
-        "handoff",
-        "disk",
-        "file",
-        "nbd",
-        "blk",
-        "port",
-        "capture",
-        "net",
-        "drv",
-    ),
+    *("far", "effects", "pump", "dev", "watch", "pool", "handoff", "disk", "file", "nbd", "blk"),
+    *("port", "capture", "net", "drv"),
 )
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-fvisibility=hidden"]
 #: What cffi itself generates is not ours to make free of these.
