@@ -35,7 +35,7 @@ def frame(
 class NetRig:
     """`sets` are --set options; the backend is loop unless they say otherwise."""
 
-    def __init__(self, folder: Path, *sets: str, features: int = 0, connect: bool = True, **start: Any) -> None:
+    def __init__(self, folder: Path, *sets: str, features: int = 0, shared: bool = True, **start: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "net.toml"
         path.write_text(CONFIG)
@@ -44,12 +44,11 @@ class NetRig:
         self.lost: str | None = None
         self.server = Server(self.function, self.registers, self.model, str(folder / "net.sock"), self.reports.append)
         self.server.start()
-        self.memory = Memory(32 << 20)
+        self.memory = Memory(32 << 20, shared=shared)
         self.clients: list[Client] = []
         self._attached: Client | None = None
-        if connect:
-            self.connect()
-            self.start(features, **start)
+        self.connect()
+        self.start(features, **start)
 
     def connect(self) -> None:
         """A new client, not started."""
