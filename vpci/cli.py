@@ -37,10 +37,14 @@ _SET: Argument = (
         "action": "append",
         "default": [],
         "dest": "sets",
-        "help": "set a configuration key to a TOML value, as in --set pci.msix_vectors=0 --set 'features.offer=[45]'",
+        "help": "set a configuration key to a TOML value, as in --set pci.msix_vectors=0 --set 'features.offer=[45]'; "
+        "with several files --set MODEL:KEY=VALUE is for those of one model",
     },
 )
-_SOCKET: Argument = ("--socket", {"metavar": "PATH", "help": "the socket to listen on, instead of the configuration's"})
+_SOCKET: Argument = (
+    "--socket",
+    {"metavar": "PATH", "help": "the socket to listen on, instead of the one configuration's"},
+)
 _JSON: Argument = (
     "--json",
     {"action": "store_true", "help": "print JSON: one object a line for events, one object for a result"},
@@ -57,9 +61,9 @@ _MACHINE: Argument = (
 #: name -> (what it does, an example, its arguments). The command's module is vpci.commands.NAME.
 COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     "serve": (
-        "serve the device until SIGINT or SIGTERM; one client at a time",
+        "serve the devices until SIGINT or SIGTERM; one client at a time for each",
         "vpci serve configs/blk.toml --set blk.size=1G",
-        [_CONFIG, _SOCKET, _SET, _JSON],
+        [_CONFIGS, _SOCKET, _SET, _JSON],
     ),
     "guest": (
         "serve the devices and boot Linux with them in QEMU",

@@ -172,6 +172,33 @@ def load(path: str | Path, sets: Sequence[str] = ()) -> Config:
         raise error.in_file(_source(str(path), given, error.key)) from error.__cause__
 
 
+def load_all(paths: Sequence[str | Path], sets: Sequence[str] = ()) -> list[Config]:
+    """One configuration a path. A set "MODEL:section.key=value" is for the files of that model, any other for all."""
+    addressed = [_addressed(text) for text in sets]
+    models = [_model_of(path) for path in paths]
+    for text, (model, _) in zip(sets, addressed, strict=True):
+        if model and model not in models:
+            raise ConfigError(f"--set {text}", "", model, f"a model of one of the files: {', '.join(models)}")
+    return [
+        load(path, [text for wanted, text in addressed if wanted in ("", model)])
+        for path, model in zip(paths, models, strict=True)
+    ]
+
+
+_ADDRESSED = re.compile(r"(\w+):(?=[\w-]+\.)")
+
+
+def _addressed(text: str) -> tuple[str, str]:
+    """(the model that a --set is for, or "" for all; the rest of it)."""
+    found = _ADDRESSED.match(text)
+    return (found[1], text[found.end() :]) if found else ("", text)
+
+
+def _model_of(path: str | Path) -> str:
+    device = _read(str(path)).get("device")
+    return str(device.get("model", "")) if isinstance(device, dict) else ""
+
+
 def _source(file: str, sets: Mapping[str, str], key: str) -> str:
     return f"--set {sets[key]}" if key in sets else file
 
@@ -310,4 +337,4 @@ def sample(model: str) -> str:
     return config_text.document(title, sections, given)
 
 
-__all__ = ["Config", "load", "model_names", "sample"]
+__all__ = ["Config", "load", "load_all", "model_names", "sample"]

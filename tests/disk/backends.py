@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vpci._core import ffi, lib
+from vpci._core import ffi
 
+VERSION = 1
 NOW, DURABLE, UNMAP = 1, 2, 4
 
 
@@ -35,7 +36,7 @@ class PythonDisk:
     block_size = 512
     can_discard = True
 
-    def __init__(self, path: str | None, size_bytes: int | None, read_only: bool, direct: bool, align: int = 1) -> None:
+    def __init__(self, path: str | None, size_bytes: int | None, read_only: bool, align: int = 1) -> None:
         self.path, self.size_bytes, self.read_only, self.align = path or "python", size_bytes or 0, read_only, align
         self.data = bytearray(self.size_bytes)
         self.calls: list[Call] = []
@@ -53,9 +54,7 @@ class PythonDisk:
             ffi.callback("int(void *, uint64_t, uint64_t, uint32_t)", self._zero),
         ]
         names = ("read", "write", "flush", "discard", "zero")
-        self.ops = ffi.new(
-            "vpci_disk_ops *", {"abi": lib.VPCI_DISK_ABI, **dict(zip(names, self._casts(), strict=True))}
-        )
+        self.ops = ffi.new("vpci_disk_ops *", {"abi": VERSION, **dict(zip(names, self._casts(), strict=True))})
 
     def _casts(self) -> list[Any]:
         table = ffi.typeof("vpci_disk_ops").fields
@@ -140,5 +139,5 @@ class BlockDisk(PythonDisk):
 
     block_size = 4096
 
-    def __init__(self, path: str | None, size_bytes: int | None, read_only: bool, direct: bool) -> None:
-        super().__init__(path, size_bytes, read_only, direct, align=4096)
+    def __init__(self, path: str | None, size_bytes: int | None, read_only: bool) -> None:
+        super().__init__(path, size_bytes, read_only, align=4096)

@@ -42,8 +42,8 @@ class Event(NamedTuple):
 class Recorder(PythonDisk):
     """Every change and flush is logged, waits until it is let go, and is logged again; reads are not looked at."""
 
-    def __init__(self, path: str | None, size_bytes: int | None, read_only: bool, direct: bool) -> None:
-        super().__init__(path, size_bytes, read_only, direct)
+    def __init__(self, path: str | None, size_bytes: int | None, read_only: bool) -> None:
+        super().__init__(path, size_bytes, read_only)
         self.log: list[Event] = []
         self.changed = threading.Condition()
         self.current: dict[int, int] = {}  # sector -> version that the driver writes there now

@@ -34,6 +34,7 @@ class DiskRig:
         self.reports: list[Report] = []
         self._told = threading.Condition()
         self.lost: str | None = None
+        self.closed = False
         self.server = Server(self.function, self.registers, self.model, str(folder / "disk.sock"), self._report)
         self.server.start()
         self.memory = Memory(8 << 20)
@@ -59,7 +60,10 @@ class DiskRig:
         return self.lost
 
     def close(self) -> None:
-        """End everything."""
+        """End everything; a second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
         self.disk.on_call = lambda call: None
         self.client.close()
         self.stop()

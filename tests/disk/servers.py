@@ -6,6 +6,7 @@ They are of one Debian release wherever they run, with their own loader and libr
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import time
@@ -42,6 +43,16 @@ def command(program: str, *arguments: str) -> list[str]:
     return [str(loader), "--library-path", ":".join(folders), str(binary), *arguments]
 
 
+def environment() -> dict[str, str]:
+    """Ours, without what is preloaded for us: it would meet another libc."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
+def run(program: str, *arguments: str) -> None:
+    """A program of the packages, to its end."""
+    subprocess.run(command(program, *arguments), check=True, env=environment())
+
+
 class Server:
     """A running NBD server on a socket; `uri` is what a disk is told."""
 
@@ -55,7 +66,9 @@ class Server:
         """Until it can be connected to."""
         self.socket.unlink(missing_ok=True)
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(self.arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                self.arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment()
+            )
         deadline = time.monotonic() + START_S
         while not self._listens():
             assert self.process.poll() is None, self.log.read_text()
@@ -100,7 +113,7 @@ def _with_path(word: str, libraries: Path) -> str:
 def qcow2(folder: Path, size: str = "1M") -> Iterator[Server]:
     """qemu-storage-daemon with a new qcow2 image, `folder`/disk.qcow2."""
     image, path = folder / "disk.qcow2", folder / "qsd.nbd"
-    subprocess.run(command("qemu-img", "create", "-q", "-f", "qcow2", str(image), size), check=True)
+    run("qemu-img", "create", "-q", "-f", "qcow2", str(image), size)
     blocks = [
         "--blockdev",
         f"file,node-name=f,filename={image},discard=unmap",

@@ -249,3 +249,55 @@ def test_a_size_that_memory_cannot_have_is_an_error():
     for made in (RamDisk, NullDisk):
         with pytest.raises(BackendError):
             made(None, (1 << 63) - 512)
+
+
+def test_a_table_of_another_version_is_refused(make_disk, monkeypatch):
+    from tests.disk import backends
+
+    monkeypatch.setattr(backends, "VERSION", 99)
+    with pytest.raises(BackendError, match=r"version 99, wanted 1"):
+        make_disk()
+
+
+# -- backends of others ----------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """All that a backend needs where it has a descriptor."""
+
+    def __init__(self, path: str | None, size_bytes: int | None, read_only: bool) -> None:
+        self.fd = os.memfd_create("plain")
+        self.read_only, self.size_bytes = read_only, size_bytes or 0
+        self.flushed = 0
+        os.ftruncate(self.fd, self.size_bytes)
+
+    @property
+    def sectors(self) -> int:
+        return self.size_bytes // 512
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def test_a_descriptor_and_a_size_are_enough_for_a_backend(make_disk):
+    rig = make_disk("blk.backend='tests.disk.test_backends:Plain'")
+    Ctl(rig.server).start()
+    rig.driver.write(5, b"\5" * 512)
+    rig.driver.discard(5, 1)
+    rig.driver.write_zeroes(6, 1)
+    rig.driver.write(7, b"\7" * 512)
+    rig.driver.flush()
+    assert os.pread(rig.disk.fd, 1536, 2560) == bytes(1024) + b"\7" * 512
+    for operation, args in (("resize", ["2M"]), ("reopen", [])):
+        with pytest.raises(BackendError, match="this backend cannot be"):
+            ask(rig.server.path, operation, args)
+    rig.stop()
+    assert rig.disk.flushed == 1
+
+
+def test_direct_is_refused_where_the_backend_does_not_know_it(make_disk):
+    with pytest.raises(ConfigError, match=r"blk\.direct"):
+        make_disk("blk.backend='tests.disk.test_backends:Plain'", "blk.direct=true")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import socket
-import subprocess
 
 import pytest
 
 from tests.disk import servers
 from tests.disk.rig import FLUSH
 from vpci.backends.nbd import NbdDisk
+from vpci.cli import COMMANDS, main
+from vpci.commands.doctor import FETCH
 from vpci.ctl import Ctl, ask
 from vpci.errors import BackendError, ConfigError
 from vpci.guest import ProvisionError
-from vpci.guest.libnbd import ensure_libnbd
+from vpci.guest.libnbd import ensure_libnbd, find_libnbd
 from vpci.models import engine
 
 IN, OUT, T_FLUSH = 0, 1, 4
@@ -90,8 +92,8 @@ def test_a_qcow2_image_has_the_guests_bytes(nbd_disk, tmp_path):
         rig.driver.flush()
     raw = tmp_path / "disk.raw"
     image = str(tmp_path / "disk.qcow2")
-    subprocess.run(servers.command("qemu-img", "check", "-q", image), check=True)
-    subprocess.run(servers.command("qemu-img", "convert", "-O", "raw", image, str(raw)), check=True)
+    servers.run("qemu-img", "check", "-q", image)
+    servers.run("qemu-img", "convert", "-O", "raw", image, str(raw))
     assert raw.read_bytes() == bytes(65536) + data + bytes(MIB - 131072)
 
 
@@ -207,6 +209,22 @@ def test_requests_that_hang_in_a_server_end_with_a_reopen(nbd_disk, tmp_path):
         assert rig.driver.read(0) == bytes(512)
 
 
+def test_a_server_that_hangs_does_not_keep_ours_from_ending(nbd_disk, tmp_path, monkeypatch):
+    """Its flush waits for somebody who writes to a fifo."""
+    monkeypatch.setattr("vpci.backends.nbd.FLUSH_S", 0.05)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    zeroes = "pread=dd if=/dev/zero count=$3 iflag=count_bytes status=none"
+    size, flush = "get_size=echo 1048576", f"flush=cat {fifo}"
+    with servers.nbdkit(
+        tmp_path, "plugin:eval", size, zeroes, "pwrite=cat > /dev/null", "can_flush=exit 0", flush
+    ) as server:
+        rig = nbd_disk(server.uri)
+        rig.driver.write(0, bytes(512))
+        assert "may be lost" in rig.stop()
+        fifo.write_bytes(b"")
+
+
 def test_an_export_that_became_larger_is_found_by_a_reopen(nbd_disk, tmp_path):
     image = tmp_path / "raw.img"
     image.write_bytes(bytes(MIB))
@@ -269,3 +287,13 @@ def test_a_pause_is_long_enough_for_an_engine_of_ours():
     from vpci.backends.nbd import CONNECT_MS
 
     assert (engine.PAUSE_MS + CONNECT_MS) / 1000 < 60
+
+
+def test_doctor_names_the_libnbd_that_is_used_and_fetches_by_name(capsys):
+    """It is here already (see `programs`), so nothing is fetched."""
+    assert main(["doctor", "--fetch", "libnbd", "--json"]) in (0, 1)
+    found = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert found["libnbd"]["ok"]
+    assert found["libnbd"]["found"] == find_libnbd()
+    flags = dict(COMMANDS["doctor"][2])
+    assert set(flags["--fetch"]["choices"]) == set(FETCH)

@@ -8,11 +8,12 @@ import struct
 import pytest
 
 from tests.doubles import blk_config, serving
-from vpci.driver import BlkDriver, Device
+from vpci.driver import BlkDriver, Device, Memory, Range
 
 OUT, DISCARD, ZEROES, ERASE = 1, 11, 13, 14
 OK, IOERR, UNSUPP = 0, 1, 2
 SECTORS = 2048
+MIB = 1 << 20
 FULL = b"\x5a" * (SECTORS * 512)
 LIMITS = "max_discard_sectors=64\nmax_discard_seg=3\nmax_write_zeroes_sectors=64\nmax_write_zeroes_seg=3\nsecure_erase=true\nmax_secure_erase_sectors=64\nmax_secure_erase_seg=3\n"
 
@@ -117,6 +118,20 @@ def test_a_segment_of_no_sectors_is_nothing_to_do(image, kind, segment):
     assert path.read_bytes() == FULL
 
 
+@pytest.mark.parametrize("kind", [DISCARD, ZEROES, ERASE])
+@pytest.mark.parametrize("cuts", [(), (3,), (16,), (1, 9, 33)])
+def test_segments_among_the_writable_bytes_are_those_of_an_erase_alone(image, kind, cuts):
+    """Linux has them there: it takes a type's lowest bit for the direction, and 14 is even."""
+    disk, path = image
+    segments = struct.pack("<QIIQII", 2, 1, 0, 4, 1, 0)
+    head = disk.submit_raw(struct.pack("<IIQ", kind, 0, 0), 33, in_cuts=cuts)
+    disk.queue.memory.write(disk._flying[head].in_gpa, segments)
+    disk.queue.kick()
+    assert disk.wait(head).status == (OK if kind == ERASE else IOERR)
+    erased = bytes(512) if kind == ERASE else b"\x5a" * 512
+    assert path.read_bytes()[:3072] == b"\x5a" * 1024 + erased + b"\x5a" * 512 + erased + b"\x5a" * 512
+
+
 @pytest.mark.parametrize("cuts", [(1, 17, 20), (15,), (16, 24, 32)])
 def test_segments_may_be_cut_anywhere(image, cuts):
     disk, path = image
@@ -137,6 +152,26 @@ def test_what_is_not_offered_is_unsupported(serve, memory, kind, sets):
         assert not device.offered_features() & (1 << 13 | 1 << 14 | 1 << 16)
         assert BlkDriver(device).segments(kind, (0, 1, 0)).status == UNSUPP
     assert (server.cwd / "disk.img").read_bytes() == FULL
+
+
+def test_segments_come_from_memory_that_only_the_client_reaches_too(server):
+    """But not an erase's among the writable bytes: nobody has read those, so nothing is erased and that is said."""
+    path = server.cwd / "disk.img"
+    path.write_bytes(FULL)
+    memory = Memory(ranges=[Range(0x10_0000, MIB, 0, shared=False)])
+    with server.client() as client:
+        device = Device(client, memory)
+        device.start()
+        client.memory = memory
+        disk = BlkDriver(device)
+        for n, kind in enumerate((DISCARD, ZEROES, ERASE)):
+            assert disk.segments(kind, (n, 1, 0)).status == OK
+        head = disk.submit_raw(struct.pack("<IIQ", ERASE, 0, 0), 17)
+        memory.write(disk._flying[head].in_gpa, struct.pack("<QII", 9, 1, 0))
+        disk.queue.kick()
+        assert disk.wait(head).status == IOERR
+    memory.close()
+    assert path.read_bytes() == bytes(1536) + FULL[1536:]
 
 
 def test_every_limit_is_in_the_configuration(serve, memory):

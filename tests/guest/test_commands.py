@@ -48,7 +48,7 @@ def test_the_demo_says_what_happened_and_ends_with_0(tmp_path: Path) -> None:
     assert demo["event"] == "demo"
     assert demo["ok"] is True
     assert len(demo["steps"]) == 6
-    assert demo["state"]["features"]["acked_word"] == "0x0000000030000244"
+    assert demo["state"]["features"]["acked_word"] == "0x0000000030006e54"
     assert demo["state"]["rings"][0]["kicks"] > 0
     assert [field["offset"] for field in demo["header"]["MSI-X on"] if field["name"] == "queue_vector"] == [22]
 

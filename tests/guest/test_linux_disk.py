@@ -73,7 +73,7 @@ def test_linux_negotiates_what_the_draft_and_linux_share(config: Path, image: Pa
         with run.guest:
             bits = run.guest.check("cat /sys/bus/virtio/devices/virtio0/features").text.strip()
             assert run.guest.check("cat /sys/block/vda/serial").text.strip() == "vpci0"
-    assert [bit for bit, digit in enumerate(bits) if digit == "1"] == [2, 6, 9, 28, 29]
+    assert [bit for bit, digit in enumerate(bits) if digit == "1"] == [2, 4, 6, 9, 10, 11, 13, 14, 28, 29]
 
 
 def test_a_read_only_disk_cannot_be_written(config: Path, image: Path, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 BAR_BYTES = 128
 NO_VECTOR = 0xFFFF
+FLUSH, CONFIG_WCE = 9, 11  # bits; without the first the second has no cache to switch
+WRITEBACK = 32  # its byte in the configuration
 
 
 @dataclass
 class Header:
-    """Registers of a disk without writable configuration, `offered` 64 bits, default knobs."""
+    """Registers of a disk whose only writable configuration is writeback; `offered` 64 bits, default knobs."""
 
     offered: int
     queue_sizes: list[int]
@@ -26,6 +28,7 @@ class Header:
     notify: int = 0
     status: int = 0
     config_vector: int = NO_VECTOR
+    writeback: bool = True
     pfns: dict[int, int] = field(default_factory=dict)
     vectors: dict[int, int] = field(default_factory=dict)
 
@@ -74,12 +77,18 @@ class Header:
     def read(self, off: int, count: int) -> bytes:
         """W1, W2, W4, W5: each byte comes from what it belongs to."""
         whole = b"".join(self.value(name).to_bytes(width, "little") for _, width, name in self.fields())
-        whole = (whole + self.config).ljust(BAR_BYTES, b"\xff")
+        without_flush = self.lo >> CONFIG_WCE & 1 and not self.lo >> FLUSH & 1
+        byte = bytes([self.writeback and not without_flush])
+        config = self.config[:WRITEBACK] + byte + self.config[WRITEBACK + 1 :]
+        whole = (whole + config).ljust(BAR_BYTES, b"\xff")
         return whole[off : off + count]
 
     def write(self, off: int, data: bytes) -> None:
-        """W1, W3, W5: the part in the header is exactly a field or nothing; all of this disk's configuration is R."""
+        """W1, W3, W5: the part in the header is exactly a field or nothing; of the configuration one byte is RW."""
         head = data[: max(0, self.config_base - off)]
+        at = self.config_base + WRITEBACK - off
+        if 0 <= at < len(data):
+            self.writeback = data[at] != 0
         for at, width, name in self.fields():
             if (at, width) == (off, len(head)):
                 self._store(name, int.from_bytes(head, "little"))
@@ -117,5 +126,6 @@ class Header:
         """What status 0 does; m stays."""
         self.lo = self.hi = self.select = self.notify = self.status = 0
         self.config_vector = NO_VECTOR
+        self.writeback = True
         self.pfns.clear()
         self.vectors.clear()

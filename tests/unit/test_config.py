@@ -220,8 +220,10 @@ def test_the_sample_mentions_every_key_with_a_comment():
     keys = [
         line
         for line in lines
-        if (" = " in line and not line.startswith("# "))
-        or (line.startswith("# ") and line[2:].split(" = ")[0].isidentifier())
+        if (" = " in line
+        and not line.startswith("# "))
+        or (line.startswith("# ")
+        and line[2:].split(" = ")[0].isidentifier())
     ]
     assert len(keys) >= 4 + 3 + 4 + 2 + 2 + 1 + 6
     for line in keys:
@@ -253,3 +255,18 @@ def test_every_key_of_every_section_has_a_description():
 
 def test_everything_refused_is_a_vpci_error():
     assert issubclass(ConfigError, VpciError)
+
+
+def test_a_set_for_one_model_reaches_its_files_and_any_other_set_all(tmp_path, monkeypatch):
+    from vpci.config import load_all
+
+    monkeypatch.chdir(tmp_path)
+    Path("blk.toml").write_text(BASIC)
+    Path("other.toml").write_text('[device]\nmodel = "tests.unit.unit_models:BlkLike"\n')
+    blk, other = load_all(["blk.toml", "other.toml"], ["blk:blk.size=2M", "pci.msix_vectors=5", "blk:device.dialect=v0.8"])
+    assert (blk.section.size, blk.device.dialect, other.device.dialect) == ("2M", "v0.8", "patchv2")
+    assert blk.pci.msix_vectors == other.pci.msix_vectors == 5
+    with pytest.raises(ConfigError, match=r"--set net:net.mtu=1: got 'net', allowed: a model of one of the files: blk"):
+        load_all(["blk.toml"], ["net:net.mtu=1"])
+    with pytest.raises(ConfigError, match=r"--set blk.num_queues=0: blk.num_queues"):
+        load_all(["blk.toml"], ["blk:blk.num_queues=0"])

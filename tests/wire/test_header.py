@@ -9,7 +9,7 @@ import pytest
 from tests.doubles import CONFIG, Raw
 from vpci.vfu.client import Client
 
-OFFERED_LO = 0xF100_0244  # SEG_MAX 2, BLK_SIZE 6, FLUSH 9; 24, 28 29 30 31
+OFFERED_LO = 0xF100_6E54  # the disk's 2 4 6 9 10 11 13 14; 24, 28 29 30 31
 SECTORS = 2048
 CAPACITY = SECTORS.to_bytes(8, "little")
 SERVED = {
@@ -365,23 +365,41 @@ def test_capacity_counts_sectors(serve):
 
 
 def test_config_fields_are_where_the_table_has_them(raw):
-    """M02, M03: capacity, seg_max at 12, blk_size at 20; every other field's bit is not offered."""
-    assert raw.bytes(20, 72) == CAPACITY + bytes(4) + struct.pack("<I", 254) + bytes(4) + struct.pack(
-        "<I", 512
-    ) + bytes(48)
+    """M02, M03: what the disk offers by itself; SIZE_MAX, MQ and SECURE_ERASE are not offered."""
+    shape = struct.pack("<IIHBBI", 0, 254, 2, 16, 63, 512)
+    topology_and_cache = bytes(8) + b"\1" + bytes(3)
+    ranges = struct.pack("<IIIIIB", 1 << 22, 32, 1, 1 << 17, 1, 1)
+    assert raw.bytes(20, 72) == CAPACITY + shape + topology_and_cache + ranges + bytes(15)
+
+
+def test_every_field_can_be_configured(serve):
+    """M02: 72 bytes, each field at its offset."""
+    more = (
+        "size_max=65536\ngeometry=[7, 8, 9]\nlogical_block_size=1024\nphysical_block_size=8192\nalignment_offset=5\n"
+        "min_io_size=2048\nopt_io_size=1048576\nwriteback=false\nnum_queues=3\nmax_discard_sectors=11\nmax_discard_seg=12\n"
+        "discard_sector_alignment=13\nmax_write_zeroes_sectors=14\nmax_write_zeroes_seg=15\nwrite_zeroes_may_unmap=false\n"
+        "secure_erase=true\nmax_secure_erase_sectors=17\nmax_secure_erase_seg=18\nsecure_erase_sector_alignment=19"
+    )
+    with serve("queues.size=64", blk=more).client() as client:
+        config = Raw(client).bytes(20, 72)
+    head = struct.pack("<QIIHBBI", 2048, 65536, 62, 7, 8, 9, 1024)
+    middle = struct.pack("<BBHIBxH", 3, 5, 2, 1024, 0, 3)
+    assert config == head + middle + struct.pack("<IIIIIB3xIII", 11, 12, 13, 14, 15, 0, 17, 18, 19)
 
 
 def test_fields_whose_bit_is_not_offered_read_0(serve):
     """M03."""
-    with serve("features.mask=[2, 6]").client() as client:
+    with serve("features.mask=[2, 4, 6, 10, 11, 13, 14]").client() as client:
         config = Raw(client).bytes(20, 72)
         assert config[8:] == bytes(64)
 
 
-def test_writeback_is_not_there_unless_its_bit_is_offered(raw):
+def test_writeback_is_not_there_unless_its_bit_is_offered(serve):
     """M03."""
-    raw.write(20 + 32, 1, 1)
-    assert raw.read(20 + 32, 1) == 0
+    with serve("features.mask=[11]").client() as client:
+        raw = Raw(client)
+        raw.write(20 + 32, 1, 1)
+        assert raw.read(20 + 32, 1) == 0
 
 
 def test_msix_moves_config_and_function_mask_does_not(client: Client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -19,7 +20,33 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class Disk(Protocol):
-    """An open disk: a table of operations (csrc/api/disk.h) with its state, which the block engine calls, and its size.
+    """What a backend's author has to write, where there is an fd that preadv2 and pwritev2 take."""
+
+    @property
+    def fd(self) -> int:
+        """It stays what it is until close()."""
+
+    @property
+    def size_bytes(self) -> int:
+        """A multiple of 512."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it was opened for reading only."""
+
+    @property
+    def sectors(self) -> int:
+        """Size in sectors of 512 bytes."""
+
+    def flush(self) -> None:
+        """Make what was written durable. BackendError if that fails."""
+
+    def close(self) -> None:
+        """Give the fd and every lock back."""
+
+
+class WholeDisk(Protocol):
+    """An open disk, whole: a table of operations (csrc/api/disk.h) with its state, which the block engine calls.
 
     `ops` and `state` are cffi pointers that live until close(). `align` (a power of two) is what offsets, lengths and
     memory are multiples of when the table is called, and `size_bytes` too; with `private_memory` it gets memory of
@@ -29,12 +56,27 @@ class Disk(Protocol):
     path: str
     ops: Any
     state: Any
-    align: int
     private_memory: bool
-    block_size: int
-    can_discard: bool
-    size_bytes: int
-    read_only: bool
+
+    @property
+    def align(self) -> int:
+        """1: anything goes."""
+
+    @property
+    def block_size(self) -> int:
+        """512 or more."""
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether a discard is more than nothing."""
+
+    @property
+    def size_bytes(self) -> int:
+        """A multiple of 512 and of `align`."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it was opened for reading only."""
 
     @property
     def sectors(self) -> int:
@@ -59,16 +101,32 @@ class Disk(Protocol):
         """Give everything back."""
 
 
-#: Opens a disk: called with path (or None), size in bytes (or None), read_only, and direct (past the page cache).
-OpenDisk = Callable[[str | None, int | None, bool, bool], Disk]
+OpenDisk = Callable[..., "WholeDisk | Disk"]
 
 
 def find_backend(name: str) -> OpenDisk:
-    """What opens a disk of the backend `name`."""
+    """What opens a disk of the backend `name`: called with path (or None), size in bytes (or None), and read_only."""
     found = plugins.find("blk.backend", GROUP, name, BUILT_IN)
     if not callable(found):
         raise ConfigError("", "blk.backend", name, "something that opens a disk", f"it names {found!r}")
     return cast(OpenDisk, found)
+
+
+def open_disk(name: str, path: str | None, size_bytes: int | None, read_only: bool, direct: bool) -> WholeDisk:
+    """Open a disk of the backend `name`, which gets `direct=True` only if that is asked for and it has it."""
+    opener = find_backend(name)
+    if direct and "direct" not in inspect.signature(opener).parameters:
+        raise ConfigError("", "blk.direct", direct, f"false, with the backend {name}")
+    return whole(opener(path, size_bytes, read_only, **({"direct": True} if direct else {})))
+
+
+def whole(disk: WholeDisk | Disk) -> WholeDisk:
+    """The disk, with a table of operations made for its descriptor if it has none of its own."""
+    if hasattr(disk, "ops"):
+        return cast(WholeDisk, disk)
+    from vpci.backends.descriptor import DescriptorDisk
+
+    return DescriptorDisk(disk)
 
 
 def wanted_path(path: str | None, what: str) -> str:

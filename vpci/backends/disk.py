@@ -28,7 +28,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 class FileDisk:
-    """An open, locked image: a `vpci.backends.Disk`. `size_bytes` None = what the file has; `direct` = O_DIRECT."""
+    """An open, locked image, a WholeDisk. `size_bytes` None = what the file has; `direct` = O_DIRECT."""
 
     private_memory = False
 
@@ -110,13 +110,14 @@ class FileDisk:
             self._lock(fd)
         except BackendError:
             self.close()
+            self.state.fd = -1
             raise
 
     def close(self) -> None:
         """Close the file, and with it the lock; a second call does nothing."""
         if self.fd >= 0:
             os.close(self.fd)
-            self.fd = self.state.fd = -1
+            self.fd = -1
 
 
 def _open(path: str, size_bytes: int | None, read_only: bool, direct: bool) -> tuple[int, bool]:

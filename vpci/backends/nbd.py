@@ -7,6 +7,7 @@ asks for it.
 from __future__ import annotations
 
 import errno
+import threading
 from typing import Any
 
 from vpci._core import ffi, lib
@@ -16,6 +17,8 @@ from vpci.guest.libnbd import find_libnbd
 from vpci.spec.blk import SECTOR_SIZE
 
 CONNECT_MS = 10_000
+#: What the last flush may take.
+FLUSH_S = 30.0
 #: Connections, where the server takes more than one: as many as the engine has threads.
 LANES = 4
 _ERROR_BYTES = 512
@@ -84,7 +87,14 @@ class NbdDisk:
         return self.size_bytes // SECTOR_SIZE
 
     def flush(self) -> None:
-        result = self.ops.flush(self.state)
+        """When the server ends, so it may not wait for one that hangs for ever."""
+        watchdog = threading.Timer(FLUSH_S, self.interrupt)
+        watchdog.start()
+        try:
+            result = self.ops.flush(self.state)
+        finally:
+            watchdog.cancel()
+            watchdog.join()  # it may be at work on connections that are closed next
         if result < 0:
             raise BackendError(self.path, -result, "cannot flush the export")
 

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.run and not args.interactive:
         raise ConfigError("", "--run", None, "a command for the guest, or --interactive for a shell in it")
     out = Output(args.json)
-    configs = [configuration.load(path, args.sets) for path in args.config]
+    configs = configuration.load_all(args.config, args.sets)
     options = {"kernel": args.kernel, "machine": args.machine, "memory_mib": args.memory, "append": args.append}
     with served(configs, out) as servers:
         with booted(servers, out, interactive=args.interactive, **options) as guest:
@@ -51,7 +51,7 @@ def served(configs: Sequence[Config], out: Output) -> Iterator[list[Server]]:
     servers: list[Server] = []
     try:
         for config in configs:
-            servers.append(make_server(config, None, out))
+            servers.append(make_server(config, None, out, label=len(configs) > 1))
             servers[-1].start()
             Ctl(servers[-1]).start()
         yield servers

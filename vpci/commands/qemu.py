@@ -14,7 +14,7 @@ from vpci.guest.qemu_args import attach_args
 
 def run(args: argparse.Namespace) -> int:
     """Print them, quoted for a shell, or as a JSON list."""
-    configs = [configuration.load(path, args.sets) for path in args.config]
+    configs = configuration.load_all(args.config, args.sets)
     if args.socket and len(configs) > 1:
         raise ConfigError("", "--socket", args.socket, "one CONFIG only, for a socket serves one device")
     sockets = [os.path.abspath(args.socket)] if args.socket else [config.socket for config in configs]

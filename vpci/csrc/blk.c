@@ -61,6 +61,7 @@ struct row {
     size_t limits;                 /* of struct vpci_blk */
     uint32_t segment_flags;        /* that are known */
     bool sync;                     /* durable in any case */
+    bool even;                     /* Linux' own direction, see segments_span */
 };
 
 /* Writes and flushes of one queue that are not finished, oldest first. */
@@ -329,17 +330,29 @@ static int judge_segments(struct request *r)
     return status;
 }
 
+/* Where the segments are. Linux takes the lowest bit of a type for the direction of its data, and SECURE_ERASE has an
+ * even number: its segments come among the writable bytes, before the status. Those of far memory are not fetched. */
+static struct vpci_span segments_span(const struct request *r, vpci_chain *chain)
+{
+    struct vpci_span s = {chain->iov, chain->out_iovs, 0, chain->out_len};
+    vpci_span_skip(&s, HEADER);
+    if (r->row->even && !s.len && !vpci_chain_is_far(chain))
+        s = (struct vpci_span){chain->iov + chain->out_iovs, chain->in_iovs, 0, chain->in_len - 1};
+    return s;
+}
+
 static int prepare_segments(struct request *r, const struct header *h)
 {
     vpci_chain *chain = chain_of(r);
-    uint32_t bytes = chain->out_len - HEADER, n = bytes / (uint32_t)sizeof(struct segment);
+    struct vpci_span s = segments_span(r, chain);
+    uint64_t n = s.len / sizeof(struct segment);
     (void)h;
-    if (r->blk->read_only || !n || bytes % sizeof(struct segment) || n > limits_of(r)->max_seg)
+    if (r->blk->read_only || !n || s.len % sizeof(struct segment) || n > limits_of(r)->max_seg)
         return STATUS_IOERR;
-    r->segments.n = n;
-    r->segments.list = malloc(bytes);
+    r->segments.n = (uint32_t)n;
+    r->segments.list = malloc(s.len);
     int status = STATUS_IOERR;
-    if (r->segments.list && vpci_chain_read(chain, HEADER, r->segments.list, bytes) == bytes)
+    if (r->segments.list && vpci_span_read(chain->queue->mem, &s, r->segments.list))
         status = judge_segments(r);
     if (status != STATUS_OK)
         free(r->segments.list);
@@ -378,7 +391,7 @@ static const struct row rows[] = {
      .segment_flags = SEGMENT_UNMAP},
     {.type = 14, .feature = VPCI_BLK_F_SECURE_ERASE, .prepare = prepare_segments, .perform = perform_segments,
      .counter = COUNTER(secure_erases), .changes = true, .range = vpci_disk_erase, .limits = LIMITS(secure_erase),
-     .sync = true},
+     .sync = true, .even = true},
 };
 
 static const struct row *row_of(const struct vpci_blk *blk, uint32_t type)

@@ -250,5 +250,7 @@ int vpci_disk_discard(struct vpci_disk *d, uint64_t offset, uint64_t len, uint32
 int vpci_disk_zero(struct vpci_disk *d, uint64_t offset, uint64_t len, uint32_t flags);
 int vpci_disk_erase(struct vpci_disk *d, uint64_t offset, uint64_t len, uint32_t flags);
 void vpci_span_skip(struct vpci_span *s, uint64_t n);
+/* Copy what the pieces of a span hold. False when guest memory vanished. */
+bool vpci_span_read(const vpci_mem *mem, const struct vpci_span *s, void *buf);
 
 #endif

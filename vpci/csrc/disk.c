@@ -103,6 +103,11 @@ static int copy(const vpci_mem *mem, const struct vpci_span *s, void *buf, uint6
     return vpci_guard(mem, run_copy, &c) ? 0 : EFAULT;
 }
 
+bool vpci_span_read(const vpci_mem *mem, const struct vpci_span *s, void *buf)
+{
+    return !copy(mem, s, buf, s->len, false);
+}
+
 /* Read what a write does not cover of its first and last block. */
 static int read_edges(const struct vpci_disk *d, uint8_t *buf, uint64_t start, uint64_t end, uint64_t from, uint64_t to)
 {
@@ -142,11 +147,12 @@ static void lock_edges(struct vpci_disk *d, const struct vpci_span *s)
 static int copied(struct vpci_disk *d, const vpci_mem *mem, struct vpci_span *s, bool write, uint32_t flags)
 {
     void *buf;
-    int error = posix_memalign(&buf, d->align < 64 ? 64 : d->align, BOUNCE_BYTES + 2 * (size_t)d->align);
+    uint64_t most = s->len < BOUNCE_BYTES ? s->len : BOUNCE_BYTES;
+    int error = posix_memalign(&buf, d->align < 64 ? 64 : d->align, most + 2 * (size_t)d->align);
     if (error)
         return error;
     while (s->len && !error) {
-        uint64_t len = s->len < BOUNCE_BYTES ? s->len : BOUNCE_BYTES;
+        uint64_t len = s->len < most ? s->len : most;
         error = write ? bounce_out(d, mem, s, buf, len, flags) : bounce_in(d, mem, s, buf, len);
         if (!error)
             vpci_span_skip(s, len);

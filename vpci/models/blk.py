@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from vpci.backends import Disk, find_backend, parse_size
+from vpci.backends import Disk, WholeDisk, open_disk, parse_size, whole
 from vpci.errors import ConfigError
 from vpci.models.base import Identity, Model, Operation, QueueSpec
 from vpci.models.engine import BlkEngine
@@ -103,15 +103,21 @@ class BlkSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     discard: Annotated[
         bool, Meta(description="Offer VIRTIO_BLK_F_DISCARD, if the disk is writable and its backend can.")
     ] = True
-    max_discard_sectors: Annotated[Count, Meta(description="Sectors of 512 bytes of one segment.")] = 1 << 22
-    max_discard_seg: Annotated[int, Meta(description="Segments of one request.", ge=1, le=1024)] = 32
+    max_discard_sectors: Annotated[
+        Count, Meta(description="Sectors of 512 bytes in one segment of a discard, at most.")
+    ] = 1 << 22
+    max_discard_seg: Annotated[int, Meta(description="Segments of a discard, at most.", ge=1, le=1024)] = 32
     discard_sector_alignment: Annotated[
         Count | None,
         Meta(description="Sectors that a discard is best a multiple of. Absent: a physical block.", examples=[8]),
     ] = None
     write_zeroes: Annotated[bool, Meta(description="Offer VIRTIO_BLK_F_WRITE_ZEROES, if the disk is writable.")] = True
-    max_write_zeroes_sectors: Annotated[Count, Meta(description="Sectors of 512 bytes of one segment.")] = 1 << 17
-    max_write_zeroes_seg: Annotated[int, Meta(description="Segments of one request.", ge=1, le=1024)] = 1
+    max_write_zeroes_sectors: Annotated[
+        Count, Meta(description="Sectors of 512 bytes in one segment of a request for zeroes, at most.")
+    ] = 1 << 17
+    max_write_zeroes_seg: Annotated[
+        int, Meta(description="Segments of a request for zeroes, at most.", ge=1, le=1024)
+    ] = 1
     write_zeroes_may_unmap: Annotated[
         bool, Meta(description="Zeroes that the guest lets go may become holes in the file.")
     ] = True
@@ -122,8 +128,10 @@ class BlkSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "system that copies on write, or a flash disk, keeps of them is beyond its reach."
         ),
     ] = False
-    max_secure_erase_sectors: Annotated[Count, Meta(description="Sectors of 512 bytes of one segment.")] = 1 << 17
-    max_secure_erase_seg: Annotated[int, Meta(description="Segments of one request.", ge=1, le=1024)] = 1
+    max_secure_erase_sectors: Annotated[
+        Count, Meta(description="Sectors of 512 bytes in one segment of an erase, at most.")
+    ] = 1 << 17
+    max_secure_erase_seg: Annotated[int, Meta(description="Segments of an erase, at most.", ge=1, le=1024)] = 1
     secure_erase_sector_alignment: Annotated[
         Count | None,
         Meta(description="Sectors that an erase is best a multiple of. Absent: a physical block.", examples=[8]),
@@ -161,20 +169,30 @@ class BlkModel(Model):
     not_by_offer = _NOT_BY_OFFER
 
     section: BlkSection
+    writeback = True
+    acked = 0
+    _engine: BlkEngine | None = None
 
     def __init__(self, section: BlkSection, queue_size: int | None = None, max_sg: int = 1024) -> None:
         super().__init__(section, queue_size, max_sg)
         _check_section(section)
         self.writeback = section.writeback
-        self.acked = 0
-        self._engine: BlkEngine | None = None
-        open_disk = find_backend(section.backend)
-        self.disk: Disk = open_disk(section.path, self._size_bytes("blk.size"), section.read_only, section.direct)
+        size_bytes = self._size_bytes("blk.size")
+        self.disk = open_disk(section.backend, section.path, size_bytes, section.read_only, section.direct)
         try:
             self._check_size(self.disk.size_bytes, "blk.logical_block_size", section.logical_block_size)
         except BaseException:
             self.disk.close()
             raise
+
+    @property
+    def disk(self) -> WholeDisk:
+        """Where the bytes are. It may be given a plain disk."""
+        return self._disk
+
+    @disk.setter
+    def disk(self, disk: WholeDisk | Disk) -> None:
+        self._disk = whole(disk)
 
     @property
     def features(self) -> int:

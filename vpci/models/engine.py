@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from vpci._core import ffi, lib
-from vpci.backends import Disk
+from vpci.backends import WholeDisk
 from vpci.errors import BackendError
 from vpci.models.base import Chain, Model
 
@@ -47,7 +47,12 @@ class Engine(Protocol):
 class BlkEngine:
     """The block engine on a backend: requests are parsed and served in C. `setup`: fields of vpci_blk_setup."""
 
-    def __init__(self, disk: Disk, serial: str, **setup: Any) -> None:
+    def __init__(self, disk: WholeDisk, serial: str, **setup: Any) -> None:
+        if disk.ops.abi != lib.VPCI_DISK_ABI:
+            told = (
+                f"its table is of version {disk.ops.abi}, wanted {lib.VPCI_DISK_ABI}: build it with this vpci's disk.h"
+            )
+            raise BackendError(disk.path, 0, told)
         self._disk = disk  # the backend's state lives as long as the engine
         text = ffi.new("char[]", serial.encode("ascii"))
         place = {"ops": disk.ops, "disk": disk.state, "align": disk.align, "private_memory": disk.private_memory}
