@@ -27,10 +27,11 @@ from setuptools.errors import SetupError
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("vpci/csrc")
 #: The border: each header needs those before it. cffi and the C compiler read the same text.
-API = ("wire", "mem", "ring", "irq", "engine", "dev", "front", "disk", "blk", "drv")
+API = ("wire", "mem", "ring", "irq", "engine", "dev", "front", "disk", "blk", "net", "drv")
 SOURCES = (
     *("mem", "fault", "ring", "irq", "hot", "conn", "messages", "mailbox", "far", "effects"),
-    *("own", "front", "pump", "dev", "pool", "handoff", "disk", "file", "nbd", "blk", "drv"),
+    *("own", "front", "pump", "dev", "watch", "pool", "handoff", "disk", "file", "nbd", "blk"),
+    *("port", "capture", "net", "drv"),
 )
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-fvisibility=hidden"]
 #: What cffi itself generates is not ours to make free of these.

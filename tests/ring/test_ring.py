@@ -1027,3 +1027,38 @@ def test_every_struct_of_the_header_is_what_the_compiler_has():
     """cffi compares a declaration with the compiled struct at first use."""
     for name in ("vpci_chain", "vpci_queue_stats"):
         assert ffi.sizeof(name) > 0
+
+
+# -- chains that are put back --------------------------------------------------------------------------------------
+
+
+def test_chains_that_are_put_back_come_again_in_the_same_order_and_leave_no_count():
+    with ring(8) as made:
+        for slot in range(4):
+            made.set_desc(slot, buffers_at(made) + 16 * slot, 16, WRITE)
+        made.offer(0, 1, 2, 3)
+        first = made.pop()
+        others = [made.pop() for _ in range(3)]
+        for chain in reversed(others):
+            lib.vpci_ring_unpop(made.queue, chain)
+        assert (made.stats().in_flight, made.stats().chains, made.stats().last_avail) == (1, 1, 1)
+        made.push(first, 5)
+        assert [made.pop().head for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_chain_with_a_request_error_that_is_put_back_is_counted_once_in_the_end():
+    with ring(8) as made:
+        offer_chain(made, (1 << 40, 16, WRITE))
+        lib.vpci_ring_unpop(made.queue, made.pop())
+        assert made.stats().request_errors == 0
+        assert made.pop().error != 0
+        assert made.stats().request_errors == 1
+
+
+def test_memory_of_a_chain_that_was_put_back_may_be_unmapped():
+    with ring(8) as made:
+        extra = Range(0x80_0000, PAGE, 0)
+        made.table.map(extra)
+        offer_chain(made, (extra.gpa, 16, WRITE))
+        lib.vpci_ring_unpop(made.queue, made.pop())
+        made.table.unmap(extra)

@@ -106,9 +106,9 @@ def test_every_command_is_named_and_every_named_command_exists():
 
 
 def sections() -> dict[str, list[str]]:
-    """Section -> its keys, of a disk's configuration."""
-    model = find_model("blk")
-    structs = {**config.SECTIONS, model.name: model.Section}
+    """Section -> its keys, of every model's configuration."""
+    models = {name: find_model(name).Section for name in config.model_names()}
+    structs = {**config.SECTIONS, **models}
     return {name: list(struct.__struct_fields__) for name, struct in structs.items()}
 
 
@@ -120,9 +120,10 @@ def test_every_named_key_exists():
     assert found <= known
 
 
-def test_the_sample_explains_every_key():
-    model = find_model("blk")
-    text = config.sample("blk")
+@pytest.mark.parametrize("name", config.model_names())
+def test_the_sample_explains_every_key(name):
+    model = find_model(name)
+    text = config.sample(name)
     for section, struct in {**config.SECTIONS, model.name: model.Section}.items():
         assert f"\n[{section}]\n" in text
         for key in struct.__struct_fields__:

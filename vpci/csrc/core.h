@@ -25,6 +25,7 @@
 #include "api/front.h"
 #include "api/disk.h"
 #include "api/blk.h"
+#include "api/net.h"
 #include "api/drv.h"
 
 #define PAGE_SIZE_BYTES 4096u

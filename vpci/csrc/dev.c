@@ -91,6 +91,7 @@ void vpci_dev_free(vpci_dev *dev)
     for (uint32_t i = 0; i < dev->n_queues; i++)
         vpci_queue_free(dev->queues[i]);
     free(dev->queues);
+    free(dev->watches);
     vpci_irq_fini(&dev->irq);
     hot_fini(&dev->hot);
     vpci_mem_free(dev->mem);

@@ -222,6 +222,8 @@ void vpci_chain_done(vpci_chain *chain, uint32_t len)
 
 static const vpci_host host = {
     .abi = VPCI_ENGINE_ABI, .done = vpci_chain_done, .read = vpci_chain_read, .write = vpci_chain_write,
+    .take = vpci_ring_pop, .put_back = vpci_ring_unpop,
+    .watch = watch_add, .unwatch = watch_remove, .look = watch_look,
 };
 
 const vpci_host *vpci_host_table(void)

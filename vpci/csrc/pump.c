@@ -124,10 +124,29 @@ static bool fetch(vpci_queue *q)
     return false;
 }
 
+/* A look by an engine that takes its chains itself. What makes the queue runnable meanwhile (while a far ring is asked)
+ * is not forgotten. */
+static void run_engine(struct vpci_dev *dev, vpci_queue *q)
+{
+    uint32_t wish = VPCI_RUN_QUIET;
+    if (pump_may_fetch(dev, q)) {
+        q->runnable = false;
+        wish = q->engine->run(q->engine_state, vpci_host_table(), q, q->index);
+    }
+    if (q->dirty && !q->unwound)
+        publish(dev, q);
+    if (q->unwound || wish == VPCI_RUN_MORE || (wish == VPCI_RUN_KICKS && vpci_ring_starve(q)))
+        q->runnable = true;
+}
+
 /* One look at a ring, by the thread that has the queue. Stopped in the middle (far memory), it stays runnable. */
 void pump_look(struct vpci_dev *dev, vpci_queue *q)
 {
     vpci_ring_busy(q);
+    if (q->engine->run) {
+        run_engine(dev, q);
+        return;
+    }
     bool empty = pump_may_fetch(dev, q) && fetch(q);
     if (q->dirty && !q->unwound)
         publish(dev, q);
@@ -146,28 +165,35 @@ static void publish_all(struct vpci_dev *dev)
             publish(dev, dev->queues[i]);
 }
 
-static bool look_here(struct vpci_dev *dev, vpci_queue *q)
+static void look_here(struct vpci_dev *dev, vpci_queue *q)
 {
     if (pump_may_fetch(dev, q))
         pump_look(dev, q);
     else if (q->dirty)
         publish(dev, q);
     q->unwound = false;   /* set when it met far memory: then it is the far thread's from here on */
-    return pump_may_fetch(dev, q);
+}
+
+/* Is there a ring to look at again? Also one that was passed before another's engine asked for it. */
+static bool has_more(const struct vpci_dev *dev)
+{
+    for (uint32_t i = 0; i < dev->n_queues; i++)
+        if (pump_may_fetch(dev, dev->queues[i]) && !far_has(dev->queues[i]))
+            return true;
+    return false;
 }
 
 static bool look_at_rings(struct vpci_dev *dev)
 {
-    bool more = false;
     for (uint32_t i = 0; i < dev->n_queues; i++) {
         vpci_queue *q = dev->queues[i];
         if (!far_has(q))
-            more |= look_here(dev, q);
+            look_here(dev, q);
         else if (pump_may_fetch(dev, q) || q->dirty || q->done)
             far_start(dev);
         note_ring_error(dev, q);
     }
-    return more;
+    return has_more(dev);
 }
 
 static void finish_chains(struct vpci_dev *dev, vpci_chain *chain)
@@ -502,7 +528,8 @@ static void take_event(struct vpci_dev *dev, const struct epoll_event *ev)
     else if (ev->data.fd == dev->watched_unmask_fd) {
         if (take_count(ev->data.fd))
             vpci_irq_unmask_intx(&dev->irq);
-    } else if (!dev->front->event(dev->front_state, ev->data.fd, ev->events))
+    } else if (!watch_event(dev, ev->data.fd, ev->events) &&
+               !dev->front->event(dev->front_state, ev->data.fd, ev->events))
         take_kicks(dev, ev->data.fd);
 }
 

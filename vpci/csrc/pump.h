@@ -216,6 +216,8 @@ struct vpci_dev {
     uint32_t max_fds;                  /* that the client takes in one message */
     bool ioeventfds;                   /* a kick has one place in every state of the layout */
     int watched_unmask_fd;
+    struct watch *watches;
+    uint32_t n_watches;
     uint8_t *python_data;              /* the payload that Python is looking at */
 
     pthread_mutex_t awake;             /* held by whoever works on the device: the pump while it is not asleep, the
@@ -250,6 +252,20 @@ void pump_remap(struct vpci_dev *dev);
 bool pump_may_fetch(const struct vpci_dev *dev, const vpci_queue *q);
 void pump_look(struct vpci_dev *dev, vpci_queue *q);
 bool pump_unmap_is_ready(struct vpci_dev *dev);
+
+/* ---- watch.c: descriptors of engines in the pump's epoll set ---- */
+
+struct watch {
+    int fd;
+    const vpci_engine *engine;
+    void *state;
+};
+
+int watch_add(struct vpci_dev *dev, const vpci_engine *engine, void *state, int fd, uint32_t events);
+void watch_remove(struct vpci_dev *dev, int fd);
+void watch_look(struct vpci_dev *dev, uint32_t queue_index);
+/* Returns whether the fd is an engine's. */
+bool watch_event(struct vpci_dev *dev, int fd, uint32_t events);
 
 /* ---- effects.c ---- */
 

@@ -707,6 +707,14 @@ vpci_chain *vpci_ring_pop(vpci_queue *q)
     return p.chain;
 }
 
+void vpci_ring_unpop(vpci_queue *q, vpci_chain *chain)
+{
+    q->request_errors -= chain->error != VPCI_CHAIN_OK;
+    q->chains--;
+    q->last_avail--;
+    chain_put(q, (struct chain *)chain);
+}
+
 struct push {
     vpci_queue *q;
     struct chain *chain;
@@ -836,27 +844,44 @@ void vpci_ring_busy(vpci_queue *q)
     guarded(q, busy);
 }
 
-static void idle(void *arg)
+/* Ask for a kick when the driver makes the chain at index `from` available, and look once more. */
+static bool ask_for_kicks(vpci_queue *q, uint16_t from)
 {
-    struct query *query = arg;
-    vpci_queue *q = query->q;
-    /* Unwanted chains need no kick: whoever wants them looks at the ring (handoff.c). */
-    if (!is_at_work(q) || !is_wanted(q))
-        return;
     if (q->rules & VPCI_RING_AVAIL_EVENT)
-        store16(q, avail_event_off(q), q->last_avail);
+        store16(q, avail_event_off(q), from);
     if (q->no_notify)
         store16(q, q->used_off, 0);
     q->no_notify = false;
     /* D4 with G2: without it our re-read of avail.idx passes the stores above while the driver's load of
      * avail_event or used.flags passes its store of avail.idx: it does not kick and we do not look. */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    query->yes = q->avail_seen != q->last_avail || load16(q, avail_idx_off(q)) != q->last_avail || q->unwound;
+    return load16(q, avail_idx_off(q)) != from || q->unwound;
+}
+
+static void idle(void *arg)
+{
+    struct query *query = arg;
+    vpci_queue *q = query->q;
+    /* Unwanted chains need no kick: whoever wants them looks at the ring (handoff.c). */
+    if (is_at_work(q) && is_wanted(q))
+        query->yes = ask_for_kicks(q, q->last_avail) || q->avail_seen != q->last_avail;
 }
 
 int vpci_ring_idle(vpci_queue *q)
 {
     return guarded(q, idle);
+}
+
+static void starve(void *arg)
+{
+    struct query *query = arg;
+    if (is_at_work(query->q))
+        query->yes = ask_for_kicks(query->q, query->q->avail_seen);
+}
+
+int vpci_ring_starve(vpci_queue *q)
+{
+    return guarded(q, starve);
 }
 
 /* ---- copies by byte position ---- */

@@ -10,7 +10,11 @@ from vpci.errors import ConfigError
 from vpci.models.base import Model
 
 GROUP = "vpci.models"
-BUILT_IN = {"blk": "vpci.models.blk:BlkModel", "console": "vpci.models.console:ConsoleModel"}
+BUILT_IN = {
+    "blk": "vpci.models.blk:BlkModel",
+    "net": "vpci.models.net:NetModel",
+    "console": "vpci.models.console:ConsoleModel",
+}
 
 
 def find_model(name: str) -> type[Model]:

@@ -69,8 +69,11 @@ class Host(Protocol):
     def wake(self) -> None:
         """Have the model's thread call `turn` soon; any thread."""
 
-    def config_changed(self) -> None:
-        """Tell the driver that the configuration's bytes changed. Not while holding a lock that a hook takes."""
+    def config_changed(self, tell: bool = True) -> None:
+        """The configuration's bytes changed, and the driver is told. Not while holding a lock that a hook takes.
+
+        `tell` False: without an interrupt, for it was the driver who asked.
+        """
 
     def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None:
         """Have call(events) called when poll(2) reports `events`, or trouble, on `fd`; the model's thread only."""

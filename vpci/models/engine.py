@@ -206,9 +206,9 @@ class EventEngine(PythonEngine):
         self._gated: set[int] = set()
         self._stale = -1  # chains of this life or an older one were there before the last reset
         self._dev: Any = ffi.NULL
-        self._config_changed: Callable[[], None] = lambda: None
+        self._config_changed: Callable[[bool], None] = lambda tell: None
 
-    def connect(self, dev: Any, config_changed: Callable[[], None]) -> None:
+    def connect(self, dev: Any, config_changed: Callable[[bool], None]) -> None:
         """Before start(): the device that is to be served, and what tells its driver to read the configuration."""
         self._dev, self._config_changed = dev, config_changed
         self.model.attach(self)
@@ -238,8 +238,8 @@ class EventEngine(PythonEngine):
             if self._dev != ffi.NULL:
                 os.eventfd_write(self._fd, 1)
 
-    def config_changed(self) -> None:
-        self._config_changed()
+    def config_changed(self, tell: bool = True) -> None:
+        self._config_changed(tell)
 
     def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None:
         self._calls[fd] = call
@@ -299,10 +299,11 @@ class EventEngine(PythonEngine):
             log.exception("model %s failed: %s", self.model.name, what)
 
 
-def connect(engine: Engine, dev: Any, config_changed: Callable[[], None]) -> None:
+def connect(engine: Engine, dev: Any, config_changed: Callable[[bool], None]) -> None:
     """Give an engine whose model has events of its own what it needs of the device; before start()."""
-    if isinstance(engine, EventEngine):
-        engine.connect(dev, config_changed)
+    wants: Callable[[Any, Callable[[bool], None]], None] | None = getattr(engine, "connect", None)
+    if wants is not None:
+        wants(dev, config_changed)
 
 
 def engine_of(model: Model) -> Engine:

@@ -83,3 +83,23 @@ CONFIG_FIELDS = (
 )
 CONFIG_SIZE = 12
 MAC_SIZE = 6
+
+HEADER_FORMAT = "<BBHHHH"  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
+
+# the control queue: class, command, and the feature that it needs
+RX, RX_PROMISC, RX_ALLMULTI, RX_ALLUNI, RX_NOMULTI, RX_NOUNI, RX_NOBCAST = 0, 0, 1, 2, 3, 4, 5
+MAC, MAC_TABLE_SET, MAC_ADDR_SET = 1, 0, 1
+VLAN, VLAN_ADD, VLAN_DEL = 2, 0, 1
+ANNOUNCE, ANNOUNCE_ACK = 3, 0
+MQ, MQ_VQ_PAIRS_SET = 4, 0
+GUEST_OFFLOADS, GUEST_OFFLOADS_SET = 5, 0
+MAX_VLAN = 4095
+MTU_MIN, MTU_MAX = 68, 65535
+
+OFFLOADS_OF_GUEST = (F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_ECN, F_GUEST_UFO)
+# what only a backend that carries the header can do
+OFFLOADS_OF_BACKEND = (
+    *(F_GSO, F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_ECN, F_GUEST_UFO),
+    *(F_HOST_TSO4, F_HOST_TSO6, F_HOST_ECN, F_HOST_UFO),
+)
+BAD_FEATURES = 1 << F_MAC | 1 << F_CSUM | 1 << F_HOST_TSO4 | 1 << F_HOST_TSO6 | 1 << F_HOST_ECN

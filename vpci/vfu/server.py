@@ -206,11 +206,11 @@ class Server:
 
     # -- to the pump -------------------------------------------------------------------------------------------------
 
-    def config_changed(self) -> None:
-        """The model changed its configuration bytes: the driver is told, the bytes first."""
+    def config_changed(self, tell: bool = True) -> None:
+        """The model changed its configuration bytes: the driver is told, the bytes first; or it asked for it itself."""
         with self._lock:
             fx = Effects()
-            self.device.config_changed(fx)
+            self.device.config_changed(fx, tell)
             self._post(fx)
 
     def _answer(self, error: int, payload: bytes, fx: Effects) -> None:

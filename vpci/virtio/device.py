@@ -220,10 +220,10 @@ class Device:
         fx.notify_reset()
         self.generation += 1
 
-    def config_changed(self, fx: Effects) -> None:
+    def config_changed(self, fx: Effects, tell: bool = True) -> None:
         """The model's configuration bytes changed; they can be read at once, the interrupt needs DRIVER_OK."""
         self.generation += 1
-        if self.status & STATUS_DRIVER_OK:
+        if tell and self.status & STATUS_DRIVER_OK:
             fx.raise_config()
 
     def state(self) -> dict[str, object]:

@@ -1,8 +1,6 @@
 /* A device: the pump thread, its queues, interrupts and memory, and the two mailboxes between it and Python.
  * The pump hands Python one message at a time (vpci_dev_next) and Python answers it (vpci_dev_answer). */
 
-typedef struct vpci_dev vpci_dev;
-
 typedef struct vpci_queue_setup {
     uint32_t size;
     const vpci_engine *engine;

@@ -103,6 +103,8 @@ void vpci_queue_read_stats(const vpci_queue *q, vpci_queue_stats *stats);
 /* The next chain, or NULL: nothing there, the queue is stopped, suspended or broken (see stats), or as many
  * chains are in flight as the ring has slots. */
 vpci_chain *vpci_ring_pop(vpci_queue *q);
+/* Undo the last pop: its chain is the next to be popped again. Only in the reverse order of popping. */
+void vpci_ring_unpop(vpci_queue *q, vpci_chain *chain);
 /* Write the used entry of a chain, and free it; not visible before publish, and never once the ring is broken.
  * Only for a started queue that is not suspended. Returns 0 when it was given up and the chain is still the caller's
  * (far memory only), else 1. */
@@ -115,6 +117,9 @@ int vpci_ring_publish(vpci_queue *q);
 void vpci_ring_busy(vpci_queue *q);
 /* Ask for kicks and look once more. Returns 1 when there is something to fetch after all. */
 int vpci_ring_idle(vpci_queue *q);
+
+/* The same when chains that were put back are too few: only for those that come after them. */
+int vpci_ring_starve(vpci_queue *q);
 
 /* need_event of the specification, for tests. */
 int vpci_need_event(uint16_t event, uint16_t new_idx, uint16_t old_idx);
