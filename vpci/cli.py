@@ -181,6 +181,11 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
             _JSON,
         ],
     ),
+    "layout": (
+        "look at the layout of a configuration's function",
+        "vpci layout show configs/blk.toml --html blk.html",
+        [],
+    ),
     "doctor": (
         "say what is here, what is missing, and what to type",
         "vpci doctor",
@@ -188,10 +193,14 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     ),
 }
 
+_LAYOUT: Argument = (
+    "--layout",
+    {"metavar": "FILE", "help": "a layout's name or file: the same as --set header.layout=FILE"},
+)
 _OFFSET: Argument = ("--offset", {"metavar": "SIZE", "default": "0", "help": "where it begins, as 4096 or 1M"})
 _OUTPUT: Argument = ("-o/--output", {"metavar": "FILE", "default": "-", "help": "where it goes (default: -, stdout)"})
 
-#: command -> its jobs, in the form of COMMANDS. The job is args.job, None when there is none.
+#: command -> its jobs, in the form of COMMANDS. The job is args.job, None when there is none and one is not required.
 JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
     "drive": {
         "read": (
@@ -242,8 +251,24 @@ JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
                 ),
             ],
         ),
-    }
+    },
+    "layout": {
+        "show": (
+            "show configuration space, BARs, and the register header in each state, to scale as a picture",
+            "vpci layout show configs/blk.toml --html blk.html",
+            [
+                _CONFIG,
+                ("--html", {"metavar": "FILE", "help": "write a page that stands alone, instead of the tables"}),
+                ("--svg", {"metavar": "FILE", "help": "write the picture alone, instead of the tables"}),
+                _LAYOUT,
+                _SET,
+                _JSON,
+            ],
+        ),
+    },
 }
+#: Commands that do nothing without a job.
+NEEDS_JOB = ("layout",)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -254,7 +279,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"vpci {__version__}")
     commands = _add(top.add_subparsers(dest="command", metavar="COMMAND", required=True), COMMANDS)
     for name, jobs in JOBS.items():
-        _add(commands[name].add_subparsers(dest="job", metavar="JOB"), jobs)
+        _add(commands[name].add_subparsers(dest="job", metavar="JOB", required=name in NEEDS_JOB), jobs)
     return top
 
 

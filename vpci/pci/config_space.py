@@ -108,6 +108,11 @@ class ConfigSpace:
         """The number stored at `off`, `width` bytes."""
         return int.from_bytes(self._now[off : off + width], "little")
 
+    def access(self, off: int, width: int) -> str:
+        """RW where a write changes a bit of these bytes, RW1C where a written 1 only clears some, else R."""
+        where = slice(off, off + width)
+        return "RW" if any(self._writable[where]) else "RW1C" if any(self._clear_on_1[where]) else "R"
+
     def reset(self) -> None:
         """Back to power-on."""
         self._now[:] = self._power_on

@@ -146,9 +146,10 @@ class Device:
         read = _READS.get(field.name)
         if read is not None:
             return read(self)
-        return self._stored.get(self._place(field), self._reset_value(field))
+        return self._stored.get(self._place(field), self.reset_value(field))
 
-    def _reset_value(self, field: Field) -> int:
+    def reset_value(self, field: Field) -> int:
+        """What a register holds after a reset."""
         return field.reset if isinstance(field.reset, int) else _RESETS[field.reset](self)
 
     def _place(self, field: Field) -> tuple[str, int]:
