@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,10 @@ _SET: Argument = (
         "help": "set a configuration key to a TOML value, as in --set pci.msix_vectors=0 --set 'features.offer=[45]'",
     },
 )
+_LAYOUT: Argument = (
+    "--layout",
+    {"metavar": "FILE", "help": "the register header's layout, a name or a .toml file: --set header.layout=FILE"},
+)
 _SOCKET: Argument = ("--socket", {"metavar": "PATH", "help": "the socket to listen on, instead of the configuration's"})
 _JSON: Argument = (
     "--json",
@@ -59,7 +64,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     "serve": (
         "serve the device until SIGINT or SIGTERM; one client at a time",
         "vpci serve configs/blk.toml --set blk.size=1G",
-        [_CONFIG, _SOCKET, _SET, _JSON],
+        [_CONFIG, _SOCKET, _LAYOUT, _SET, _JSON],
     ),
     "guest": (
         "serve the devices and boot Linux with them in QEMU",
@@ -85,6 +90,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
                 },
             ),
             ("--interactive", {"action": "store_true", "help": "a shell in the guest on this terminal"}),
+            _LAYOUT,
             _SET,
             _JSON,
         ],
@@ -99,6 +105,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
             ),
             _KERNEL,
             _MACHINE,
+            _LAYOUT,
             _SET,
             _JSON,
         ],
@@ -177,6 +184,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
                     "help": "how long an answer may take (default: 5)",
                 },
             ),
+            _LAYOUT,
             _SET,
             _JSON,
         ],
@@ -193,10 +201,6 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     ),
 }
 
-_LAYOUT: Argument = (
-    "--layout",
-    {"metavar": "FILE", "help": "a layout's name or file: the same as --set header.layout=FILE"},
-)
 _OFFSET: Argument = ("--offset", {"metavar": "SIZE", "default": "0", "help": "where it begins, as 4096 or 1M"})
 _OUTPUT: Argument = ("-o/--output", {"metavar": "FILE", "default": "-", "help": "where it goes (default: -, stdout)"})
 
@@ -298,6 +302,8 @@ def _add(place: Any, table: dict[str, tuple[str, str, Sequence[Argument]]]) -> d
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(argv)
+    if getattr(args, "layout", None):
+        args.sets = [*args.sets, f"header.layout={json.dumps(args.layout)}"]
     run: Callable[[argparse.Namespace], int] = importlib.import_module(f"vpci.commands.{args.command}").run
     try:
         return run(args)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vpci import config as configuration
-from vpci.config import Config
 from vpci.errors import BackendError
 from vpci.tools import layout, lspci
 
@@ -18,18 +17,12 @@ def run(args: argparse.Namespace) -> int:
     return _JOBS[args.job](args)
 
 
-def _load(args: argparse.Namespace, path: str) -> Config:
-    """The configuration, with --layout as one more --set."""
-    sets = [*args.sets, f"header.layout={json.dumps(args.layout)}"] if args.layout else args.sets
-    return configuration.load(path, sets)
-
-
 # -- show ------------------------------------------------------------------------------------------------------------
 
 
 def _show(args: argparse.Namespace) -> int:
     """As tables, or as JSON; with --html or --svg as files, and no tables then."""
-    found = layout.facts(_load(args, args.config))
+    found = layout.facts(configuration.load(args.config, args.sets))
     seen = lspci.view(layout.lspci_dump(found))
     _write_pictures(args, found, seen)
     if args.json:
