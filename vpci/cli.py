@@ -190,7 +190,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
         ],
     ),
     "layout": (
-        "look at the layout of a configuration's function",
+        "look at layouts: a configuration's function, the reference of registers",
         "vpci layout show configs/blk.toml --html blk.html",
         [],
     ),
@@ -267,6 +267,17 @@ JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
                 _LAYOUT,
                 _SET,
                 _JSON,
+            ],
+        ),
+        "reference": (
+            "print the register reference of layouts, as Markdown",
+            "vpci layout reference -o docs/registers.md",
+            [
+                (
+                    "layouts",
+                    {"metavar": "LAYOUT", "nargs": "*", "help": "names or .toml files (default: every built-in one)"},
+                ),
+                _OUTPUT,
             ],
         ),
     },

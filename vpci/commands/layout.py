@@ -1,4 +1,7 @@
-"""`vpci layout`: layouts as something to look at. `show`: the function of a configuration as its driver meets it."""
+"""`vpci layout`: layouts as something to look at.
+
+`show` is the function of a configuration as its driver meets it, `reference` the page on the registers of layout files.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 
 from vpci import config as configuration
 from vpci.errors import BackendError
-from vpci.tools import layout, lspci
+from vpci.regs import find_layout, layout_names
+from vpci.tools import layout, layout_reference, lspci
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,4 +56,17 @@ def write(path: str, text: str) -> None:
         raise BackendError(path, error.errno or 0, "cannot be written") from error
 
 
-_JOBS: dict[str, Callable[[argparse.Namespace], int]] = {"show": _show}
+# -- reference -------------------------------------------------------------------------------------------------------
+
+
+def _reference(args: argparse.Namespace) -> int:
+    """Of the layouts that are named, else of all built-in ones."""
+    text = layout_reference.reference(find_layout(name) for name in args.layouts or layout_names())
+    if args.output == "-":
+        print(text, end="")
+    else:
+        write(args.output, text)
+    return 0
+
+
+_JOBS: dict[str, Callable[[argparse.Namespace], int]] = {"show": _show, "reference": _reference}
