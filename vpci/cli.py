@@ -190,7 +190,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
         ],
     ),
     "layout": (
-        "look at layouts: a configuration's function, the reference of registers",
+        "look at layouts, keep them, compare them",
         "vpci layout show configs/blk.toml --html blk.html",
         [],
     ),
@@ -264,6 +264,22 @@ JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
                 _CONFIG,
                 ("--html", {"metavar": "FILE", "help": "write a page that stands alone, instead of the tables"}),
                 ("--svg", {"metavar": "FILE", "help": "write the picture alone, instead of the tables"}),
+                _LAYOUT,
+                _SET,
+                _JSON,
+            ],
+        ),
+        "snapshot": (
+            "keep what drivers depend on in a file, to be committed and compared",
+            "vpci layout snapshot configs/blk.toml -o layouts.snapshot",
+            [_CONFIGS, _OUTPUT, _LAYOUT, _SET],
+        ),
+        "diff": (
+            "say what changed for a driver; exit status 1 if anything did",
+            "vpci layout diff layouts.snapshot configs/blk.toml",
+            [
+                ("old", {"metavar": "OLD", "help": "a snapshot or a CONFIG"}),
+                ("new", {"metavar": "NEW", "help": "a snapshot or a CONFIG; --layout and --set are for this one"}),
                 _LAYOUT,
                 _SET,
                 _JSON,

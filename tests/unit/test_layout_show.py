@@ -70,6 +70,7 @@ def test_all_four_states_with_their_reset_values(blk, capsys):
         "width": 2,
         "access": "RW",
         "reset": "0xffff",
+        "reset_from": None,
         "per": "queue_select",
         "meaning": "MSI-X vector of the selected queue",
         "moved": "new",

@@ -109,6 +109,7 @@ def facts(config: Config) -> Facts:
             "dialect": device.dialect.name,
             "layout": {"name": device.layout.name, "title": device.layout.title, "gate": _gate(device)},
             "identity": _identity(device),
+            "interrupt_pin": space[pci.INTERRUPT_PIN],
             "bars": list(_bars(function, device)),
             "capabilities": list(_capabilities(function, space)),
             "config_space": {
@@ -257,6 +258,7 @@ def _register(device: Device, field: Field, first: Resolved) -> Facts:
         "width": field.width,
         "access": field.access.value,
         "reset": f"0x{device.reset_value(field):0{2 * field.width}x}",
+        "reset_from": field.reset if isinstance(field.reset, str) else None,
         "per": field.per,
         "meaning": field.meaning,
         "moved": _moved(field.offset, before.offset) if before else "new",

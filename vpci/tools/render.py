@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from vpci.tools import layout as layout_facts
 
 if TYPE_CHECKING:
     from vpci.check.runner import Verdict
+    from vpci.tools.layout_diff import Difference
 
 RING_COLUMNS = {
     "requests": "chains",
@@ -235,12 +237,19 @@ def layout(facts: dict[str, Any], lspci: str | None) -> None:
 
     Where stdout is no terminal nothing depends on it: lines of one width, without spaces at their end.
     """
+    with _stable_console() as out:
+        _layout(out, facts, lspci)
+
+
+@contextlib.contextmanager
+def _stable_console() -> Iterator[Console]:
+    """The terminal; where there is none, one of a fixed width whose lines end where their words do."""
     terminal = console()
     if terminal.is_terminal:
-        _layout(terminal, facts, lspci)
+        yield terminal
         return
     text = io.StringIO()
-    _layout(Console(file=text, width=_LAYOUT_WIDTH), facts, lspci)
+    yield Console(file=text, width=_LAYOUT_WIDTH)
     print("\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines()))
 
 
@@ -342,3 +351,22 @@ def _offered_bits(facts: dict[str, Any]) -> Table:
 
 def _queues(facts: dict[str, Any]) -> Table:
     return _rows("queues", facts["queues"], {"queue": "index", "name": "name", "size": "size"}, right=["queue", "size"])
+
+
+def layout_diff(found: Sequence[Difference]) -> None:
+    """What `vpci layout diff` has, a table a function."""
+    columns = ("change", "what", "old", "new", "in the states")
+    with _stable_console() as out:
+        for row in found:
+            if not row.changes:
+                out.print(Text(f"{row.function}: a driver meets the same", style="green"))
+                continue
+            table = _table(f"{row.function}: {len(row.changes)} change{'s' * (len(row.changes) != 1)}", *columns)
+            for change in row.changes:
+                states = "; ".join(change.states)
+                table.add_row(change.kind, change.what, _cell(change.old), _cell(change.new), states)
+            show(out, table)
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else str(value)
