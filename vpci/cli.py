@@ -275,13 +275,30 @@ JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
             [_CONFIGS, _OUTPUT, _LAYOUT, _SET],
         ),
         "diff": (
-            "say what changed for a driver; exit status 1 if anything did",
+            "say what changed and what that is for which driver; exit status 1 if anything did",
             "vpci layout diff layouts.snapshot configs/blk.toml",
             [
                 ("old", {"metavar": "OLD", "help": "a snapshot or a CONFIG"}),
                 ("new", {"metavar": "NEW", "help": "a snapshot or a CONFIG; --layout and --set are for this one"}),
                 _LAYOUT,
                 _SET,
+                _JSON,
+            ],
+        ),
+        "check": (
+            "for CI: what became of a snapshot's functions, and whether drivers can live with it",
+            "vpci layout check layouts.snapshot --junit layouts.xml",
+            [
+                ("file", {"metavar": "FILE", "help": "a snapshot; its configurations are read as they are now"}),
+                (
+                    "--fail-on",
+                    {
+                        "choices": ("breaking", "run", "change"),
+                        "default": "run",
+                        "help": "what ends with 1: a verdict breaking; also needs a run (default); also any change",
+                    },
+                ),
+                ("--junit", {"metavar": "FILE", "help": "write JUnit XML as well"}),
                 _JSON,
             ],
         ),

@@ -1,7 +1,8 @@
 """`vpci layout`: layouts as something to look at.
 
 `show` is the function of a configuration as its driver meets it, `snapshot` keeps it in a file, `diff` says what
-changed, `reference` is the page on the registers of layout files.
+changed and what that is for which driver, `check` is the same for CI, `reference` is the page on the registers of
+layout files.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from vpci import config as configuration
 from vpci.errors import BackendError, ConfigError
 from vpci.regs import find_layout, layout_names
-from vpci.tools import layout, layout_diff, layout_reference, lspci, snapshot
+from vpci.tools import layout, layout_diff, layout_junit, layout_reference, lspci, profiles, snapshot
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,18 +78,45 @@ def _function(path: str, sets: Sequence[str]) -> snapshot.Function:
 
 def _diff(args: argparse.Namespace) -> int:
     """0 when a driver meets the same, 1 when something changed."""
-    found = layout_diff.diff(_functions(args.old, ()), _functions(args.new, args.sets))
+    found = judged(_functions(args.old, ()), _functions(args.new, args.sets))
+    _tell(args, {"old": args.old, "new": args.new}, found)
+    return 1 if any(row.difference.changes for row in found) else 0
+
+
+class Judged(NamedTuple):
+    """What changed in one function, and what that is for each driver; no verdicts where one side has none."""
+
+    difference: layout_diff.Difference
+    verdicts: list[profiles.Judgement]
+
+
+def judged(old: Sequence[snapshot.Function], new: Sequence[snapshot.Function]) -> list[Judged]:
+    """Every function's changes, and the verdicts of all profiles on them."""
+    known = profiles.built_in()
+    return [
+        Judged(row, [profiles.judge(profile, row.old, row.new) for profile in known] if row.old and row.new else [])
+        for row in layout_diff.diff(old, new)
+    ]
+
+
+def _tell(args: argparse.Namespace, about: dict[str, object], found: Sequence[Judged]) -> None:
     if args.json:
-        print(json.dumps({"old": args.old, "new": args.new, "functions": [_plain(row) for row in found]}))
+        print(json.dumps({**about, "functions": [_plain(row) for row in found]}))
     else:
         from vpci.tools import render
 
         render.layout_diff(found)
-    return 1 if any(row.changes for row in found) else 0
 
 
-def _plain(row: layout_diff.Difference) -> dict[str, object]:
-    return {"function": row.function, "changes": [change._asdict() for change in row.changes]}
+def _plain(row: Judged) -> dict[str, object]:
+    return {
+        "function": row.difference.function,
+        "changes": [change._asdict() for change in row.difference.changes],
+        "verdicts": [
+            {**verdict._asdict(), "reasons": [reason._asdict() for reason in verdict.reasons]}
+            for verdict in row.verdicts
+        ],
+    }
 
 
 def _functions(path: str, sets: Sequence[str]) -> Sequence[snapshot.Function]:
@@ -97,6 +126,37 @@ def _functions(path: str, sets: Sequence[str]) -> Sequence[snapshot.Function]:
     if sets:
         raise ConfigError("", "--set", sets[0], f"a configuration to set it in, and {path} is a snapshot")
     return snapshot.load(path)
+
+
+# -- check -----------------------------------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> int:
+    """A snapshot against the configurations that it was made of, as they are now; 1 when a verdict is too bad."""
+    if not snapshot.is_snapshot(args.file):
+        raise ConfigError(args.file, "", "something else", "a snapshot, made by vpci layout snapshot")
+    old = snapshot.load(args.file)
+    found = judged(old, [_function(function.config, function.sets) for function in old])
+    _tell(args, {"snapshot": args.file, "ok": _is_good(found, args.fail_on)}, found)
+    if args.junit:
+        layout_junit.write(args.junit, args.file, found, lambda verdict: _fails(verdict, args.fail_on))
+    return 0 if _is_good(found, args.fail_on) else 1
+
+
+def _is_good(found: Sequence[Judged], fail_on: str) -> bool:
+    changed = any(row.difference.changes for row in found)
+    return not (fail_on == "change" and changed) and not any(
+        _fails(row, fail_on) for one in found for row in one.verdicts
+    )
+
+
+def _fails(judgement: profiles.Judgement, fail_on: str) -> bool:
+    """Whether a driver's verdict is one that fails the check."""
+    return judgement.verdict in _FAIL_ON[fail_on]
+
+
+_BREAKING, _RUN = profiles.Verdict.BREAKING, profiles.Verdict.NEEDS_A_RUN
+_FAIL_ON = {"breaking": {_BREAKING}, "run": {_BREAKING, _RUN}, "change": {_BREAKING, _RUN}}
 
 
 # -- reference -------------------------------------------------------------------------------------------------------
@@ -116,5 +176,6 @@ _JOBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "snapshot": _snapshot,
     "diff": _diff,
+    "check": _check,
     "reference": _reference,
 }

@@ -21,10 +21,12 @@ class Change(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """All changes of one function."""
+    """All changes of one function, and its two sides where it has both."""
 
     function: str
     changes: list[Change]
+    old: Function | None = None
+    new: Function | None = None
 
 
 #: Keys of a function by themselves. `layout` is a name and `sets` the way there: neither reaches a driver.
@@ -45,12 +47,16 @@ _KINDS = {
 def diff(old: Sequence[Function], new: Sequence[Function]) -> list[Difference]:
     """Function by function, found by their configuration's path; where both sides have one, whatever its path."""
     if len(old) == len(new) == 1:
-        return [Difference(new[0].config, list(changes(old[0], new[0])))]
+        return [_difference(new[0].config, old[0], new[0])]
     before, after = _by_config(old), _by_config(new)
-    both = [Difference(name, list(changes(before[name], after[name]))) for name in before if name in after]
+    both = [_difference(name, before[name], after[name]) for name in before if name in after]
     gone = [(name, Change("function removed", name, name, None)) for name in before if name not in after]
     came = [(name, Change("function added", name, None, name)) for name in after if name not in before]
     return [*both, *(Difference(name, [change]) for name, change in (*gone, *came))]
+
+
+def _difference(name: str, old: Function, new: Function) -> Difference:
+    return Difference(name, list(changes(old, new)), old, new)
 
 
 def _by_config(functions: Sequence[Function]) -> dict[str, Function]:

@@ -18,7 +18,7 @@ from vpci.tools import layout as layout_facts
 
 if TYPE_CHECKING:
     from vpci.check.runner import Verdict
-    from vpci.tools.layout_diff import Difference
+    from vpci.commands.layout import Judged
 
 RING_COLUMNS = {
     "requests": "chains",
@@ -353,19 +353,42 @@ def _queues(facts: dict[str, Any]) -> Table:
     return _rows("queues", facts["queues"], {"queue": "index", "name": "name", "size": "size"}, right=["queue", "size"])
 
 
-def layout_diff(found: Sequence[Difference]) -> None:
-    """What `vpci layout diff` has, a table a function."""
-    columns = ("change", "what", "old", "new", "in the states")
+_VERDICT_STYLES = {"compatible": "green", "needs a run": "yellow", "breaking": "bold red"}
+
+
+def layout_diff(found: Sequence[Judged]) -> None:
+    """What `vpci layout diff` and `check` have: for each function its changes, and the verdict of each driver."""
     with _stable_console() as out:
         for row in found:
-            if not row.changes:
-                out.print(Text(f"{row.function}: a driver meets the same", style="green"))
+            if not row.difference.changes:
+                out.print(Text(f"{row.difference.function}: a driver meets the same", style="green"))
                 continue
-            table = _table(f"{row.function}: {len(row.changes)} change{'s' * (len(row.changes) != 1)}", *columns)
-            for change in row.changes:
-                states = "; ".join(change.states)
-                table.add_row(change.kind, change.what, _cell(change.old), _cell(change.new), states)
-            show(out, table)
+            show(out, _changes(row))
+            if row.verdicts:
+                show(out, _verdicts(row))
+
+
+def _changes(row: Judged) -> Table:
+    name, changes = row.difference.function, row.difference.changes
+    columns = ("change", "what", "old", "new", "in the states")
+    table = _table(f"{name}: {len(changes)} change{'s' * (len(changes) != 1)}", *columns)
+    for change in changes:
+        cells = (change.kind, change.what, _cell(change.old), _cell(change.new), "; ".join(change.states))
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _verdicts(row: Judged) -> Table:
+    """A line a driver; under a driver that is not compatible, a line for each step of its that shows it."""
+    table = _table(
+        f"{row.difference.function}: what that is for drivers", "driver", "verdict", "because it", "met", "meets"
+    )
+    for verdict in row.verdicts:
+        style = _VERDICT_STYLES[verdict.verdict.value]
+        table.add_row(Text(verdict.profile, style="bold"), Text(verdict.verdict.value, style=style))
+        for reason in dict.fromkeys(verdict.reasons):
+            table.add_row("", "", *map(Text, (f"{reason.does} [{reason.source}]", reason.old, reason.new)))
+    return table
 
 
 def _cell(value: object) -> str:
