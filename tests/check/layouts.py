@@ -81,6 +81,19 @@ def swapped(one: str, other: str) -> str:
     return _legacy().replace(first, "@").replace(second, first).replace("@", second)
 
 
+def notify_widened() -> str:
+    """queue_notify with 32 bits, and a spare field that keeps what follows aligned."""
+    isr, notify = _register("isr_status"), _register("queue_notify")
+    spare = '\n[[block.register]]\nname = "spare"\nwidth = 16\naccess = "R"\n'
+    text = _legacy().replace(isr, isr + spare).replace(notify, notify.replace("width = 16", "width = 32"))
+    return text.replace("at = { fixed24 = 24 }", "")  # the vectors reach up to 28 now
+
+
+def hi_by_offer() -> str:
+    """The offer of bit 31 alone makes the high words appear."""
+    return _legacy().replace('gates = ["acked", "offered"]', 'gates = ["offered"]')
+
+
 def _blocks() -> list[str]:
     """The built-in file cut before each block but the first."""
     first, *rest = _legacy().split("[[block]]\n")

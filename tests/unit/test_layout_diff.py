@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.check import layouts
 from vpci import config
 from vpci.cli import main
 from vpci.errors import ConfigError
@@ -127,13 +128,8 @@ def test_an_edited_layout_file(case):
 
 def test_a_grown_register_moves_what_is_behind_it():
     """queue_notify to 32 bits; what follows needs a spare field to stay aligned."""
-    isr = 'meaning = "why INTx is up; a read clears it"'
-    spare = '\n[[block.register]]\nname = "spare"\nwidth = 16\naccess = "R"\n'
-    new = edited(
-        ('name = "queue_notify"\nwidth = 16', 'name = "queue_notify"\nwidth = 32'),
-        (isr, isr + spare),
-        ("at = { fixed24 = 24 }", ""),
-    )
+    Path("own.toml").write_text(layouts.notify_widened())
+    new = function('header.layout="own.toml"')
     told = found(function(), new)
     assert ("grown", "queue_notify", 2, 4, ALL) in told
     assert ("moved", "device_status", 18, 20, ALL) in told

@@ -45,14 +45,6 @@ def verdicts(old: Function, new: Function) -> dict[str, str]:
     return {profile.name: profiles.judge(profile, old, new).verdict.value for profile in profiles.built_in()}
 
 
-def widened() -> str:
-    """queue_notify with 32 bits, a spare field that keeps what follows aligned."""
-    isr = 'meaning = "why INTx is up; a read clears it"'
-    spare = '\n[[block.register]]\nname = "spare"\nwidth = 16\naccess = "R"\n'
-    text = (LAYOUT_FOLDER / "legacy.toml").read_text().replace(isr, isr + spare).replace("at = { fixed24 = 24 }", "")
-    return text.replace('name = "queue_notify"\nwidth = 16', 'name = "queue_notify"\nwidth = 32')
-
-
 def changed(**keys: object) -> Callable[[Function], Function]:
     return lambda old: msgspec.structs.replace(old, **keys)
 
@@ -82,7 +74,7 @@ def all_but(verdict: str, **others: str) -> dict[str, str]:
 CASES: dict[str, tuple[Callable[[Function], Function], dict[str, str]]] = {
     "nothing": (lambda old: old, all_but(GOOD)),
     "high words before the vectors": (lambda _: on(layouts.hi_before_vectors()), all_but(GOOD, draft=BAD)),
-    "queue_notify widened": (lambda _: on(widened()), all_but(BAD)),
+    "queue_notify widened": (lambda _: on(layouts.notify_widened()), all_but(BAD)),
     "status and ISR swapped": (lambda _: on(layouts.swapped("device_status", "isr_status")), all_but(BAD)),
     "BAR0 grown": (grown, all_but(GOOD)),
     "a new field after device configuration": (a_field_more, all_but(GOOD)),
