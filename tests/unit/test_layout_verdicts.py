@@ -138,15 +138,62 @@ def test_what_never_worked_is_not_blamed_on_the_change_unless_it_fails_otherwise
 OSX_STEP = "reads offered features 32:63 as soon as bit 31 is offered"
 
 
-def test_a_read_of_the_low_bytes_of_a_wider_register_needs_a_run():
-    text = (LAYOUT_FOLDER / "legacy.toml").read_text()
-    vectors = 'name = "queue_size"\nwidth = 16'
-    wide = text.replace(vectors, 'name = "queue_size"\nwidth = 32').replace("at = { fixed24 = 24 }", "")
-    select = 'meaning = "which queue the per-queue registers speak of"'
-    spare = '\n[[block.register]]\nname = "spare"\nwidth = 16\naccess = "R"\n'
-    step = profiles.Access("reads", "here", "read", 12, 2, "queue_size")
+def registers(which: str, **keys: object) -> Callable[[Function], Function]:
+    """One register with other keys, in every state."""
+
+    def change(old: Function) -> Function:
+        states = [
+            msgspec.structs.replace(
+                state,
+                register=tuple(
+                    msgspec.structs.replace(reg, **keys) if reg.name == which else reg for reg in state.register
+                ),
+            )
+            for state in old.state
+        ]
+        return msgspec.structs.replace(old, state=tuple(states))
+
+    return change
+
+
+def config_at(shift: int) -> Callable[[Function], Function]:
+    def change(old: Function) -> Function:
+        states = [msgspec.structs.replace(state, config_at=state.config_at + shift) for state in old.state]
+        return msgspec.structs.replace(old, state=tuple(states))
+
+    return change
+
+
+def small_bar(old: Function) -> Function:
+    return msgspec.structs.replace(old, bar=(msgspec.structs.replace(old.bar[0], bytes=16), *old.bar[1:]))
+
+
+SELECT = ("write", 14, 2, "queue_select")
+FEATURES = ("read", 0, 4, "device_features")
+CAPACITY = ("read", 20, 1, "config")
+#: A step, a change, and the verdict on a driver that does nothing else.
+STEPS: dict[str, tuple[tuple[str, int, int, str], Callable[[Function], Function], str]] = {
+    "what it writes is wider": (SELECT, registers("queue_select", bytes=4), BAD),
+    "what it writes is narrower": (SELECT, registers("queue_select", bytes=1), BAD),
+    "what it writes is read-only": (SELECT, registers("queue_select", access="R"), BAD),
+    "what it writes is called otherwise": (SELECT, registers("queue_select", name="other"), BAD),
+    "what it writes is one byte on": (SELECT, registers("queue_select", at=15), BAD),
+    "what it reads is wider": (FEATURES, registers("device_features", bytes=8), RUN),
+    "what it reads is narrower": (FEATURES, registers("device_features", bytes=2), BAD),
+    "what it reads can be written now": (FEATURES, registers("device_features", access="RW"), GOOD),
+    "configuration begins before": (CAPACITY, config_at(-2), BAD),
+    "configuration begins behind": (CAPACITY, config_at(2), BAD),
+    "configuration is outside of BAR0": (CAPACITY, small_bar, BAD),
+    "something else changes": (SELECT, registers("queue_notify", bytes=4), GOOD),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_the_verdict_on_a_driver_of_one_step(case):
+    (way, at, count, meaning), change, wanted = STEPS[case]
+    step = profiles.Access("does it", "here", way, at, count, meaning)
     driver = profiles.Profile("own", "own", "here", False, "never", access=(step,))
-    assert profiles.judge(driver, function(), on(wide.replace(select, select + spare))).verdict == RUN
+    assert profiles.judge(driver, function(), change(function())).verdict == wanted
 
 
 def test_no_profile_holds_a_verdict():
