@@ -36,6 +36,7 @@ ACKED, OFFERED = "acked", "offered"
 #: The guest acks these bits in this register.
 ACK_REGISTER, ACK_BITS = "guest_features", 32
 MAX_FEATURE = 63
+MAX_IO_BAR_BYTES = 256  # [pci 6.2.5.1]
 
 
 class Access(enum.Enum):
@@ -85,11 +86,19 @@ class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     register: tuple[Register, ...] = ()
 
 
+class FunctionShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a layout says of the function around the header; None: the model's. `bar0_bytes` 0: as few as it needs."""
+
+    revision: Annotated[int, msgspec.Meta(ge=0, le=0xFF)] | None = None
+    bar0_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_IO_BAR_BYTES)] = 0
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     block: tuple[Block, ...]
     title: str = ""
     conditions: dict[str, Condition] = {}
+    function: FunctionShape = FunctionShape()
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ class Layout:
     def __init__(self, file: str, content: _File, text: str) -> None:
         self.file, self.name, self.title = file, content.name, content.title
         self.lines = Lines(text, content.block)
-        self.blocks, self.conditions = content.block, content.conditions
+        self.blocks, self.conditions, self.function = content.block, content.conditions, content.function
         self._maps: dict[tuple[bool, bool, str], Resolved] = {}
         _check(self)
 
@@ -165,6 +174,16 @@ class Layout:
         if key not in self._maps:
             self._maps[key] = _place(self, dict(zip(CONDITIONS, (msix, hi), strict=True)), placement)
         return self._maps[key]
+
+    def bar0_size(self, needed: int) -> int:
+        """Bytes of BAR0 where header and configuration need `needed`: the next power of two, or what the file says."""
+        least = max(16, 1 << (needed - 1).bit_length())
+        told = self.function.bar0_bytes or least
+        if told < least or told & (told - 1):
+            where = f"function.bar0_bytes (line {self.lines.key('bar0_bytes')})"
+            wanted = f"a power of two from {least}, for header and device configuration need {needed} bytes"
+            raise LayoutError(self.file, where, str(told), wanted)
+        return told
 
     def header_size(self, conditions: tuple[str, ...], placement: str = FOLLOWING) -> int:
         """Bytes of the largest header that the given conditions allow; BAR sizes follow from it."""
@@ -212,6 +231,10 @@ class Lines:
     def register(self, block: int, at: int) -> int:
         """The line of the `at`-th register's name in the `block`-th block."""
         return self._registers[block][at]
+
+    def key(self, name: str) -> int:
+        """The line of a key that a file has once."""
+        return self._line_of(rf"\b{re.escape(name)}\s*=")
 
     def condition(self, name: str) -> int:
         """The line of a condition."""

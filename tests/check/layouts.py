@@ -94,6 +94,11 @@ def hi_by_offer() -> str:
     return _legacy().replace('gates = ["acked", "offered"]', 'gates = ["offered"]')
 
 
+def of_function(**keys: int) -> str:
+    """The built-in header in a function with other keys, such as its revision."""
+    return _legacy() + "\n[function]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items())
+
+
 def _blocks() -> list[str]:
     """The built-in file cut before each block but the first."""
     first, *rest = _legacy().split("[[block]]\n")

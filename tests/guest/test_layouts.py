@@ -26,6 +26,8 @@ CASES: dict[str, tuple[str, tuple[str, ...], Verdict]] = {
     "written otherwise": (layouts.EQUAL, OWN, Verdict.COMPATIBLE),
     "queue_notify widened": (layouts.notify_widened(), OWN, Verdict.BREAKING),
     "status and ISR swapped": (layouts.swapped("device_status", "isr_status"), OWN, Verdict.BREAKING),
+    "revision 1": (layouts.of_function(revision=1), OWN, Verdict.BREAKING),
+    "BAR0 grown": (layouts.of_function(bar0_bytes=256), OWN, Verdict.COMPATIBLE),
     "bit 31 gate from acked to offered": (
         layouts.hi_by_offer(),
         (*OWN, "--set", "header.hi_gate=offered"),

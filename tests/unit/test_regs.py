@@ -236,3 +236,26 @@ def test_the_built_in_layout_has_every_line():
         "[conditions.msix]",
         "[conditions.hi]",
     ]
+
+
+# -- the function ----------------------------------------------------------------------------------------------------
+
+
+def of_function(tmp_path, keys: str):
+    path = write(tmp_path, ACK, config=CONFIG + f"[function]\n{keys}\n")
+    return make_device(layout=path)
+
+
+def test_a_layout_can_say_revision_and_size_of_bar0(tmp_path):
+    device = of_function(tmp_path, "revision = 1\nbar0_bytes = 128")
+    assert (device.identity.revision, device.bar_size) == (1, 128)
+    assert device.bar_read(127, 1) == b"\xff"
+    assert (make_device().identity.revision, make_device().bar_size) == (0, 64)
+
+
+@pytest.mark.parametrize("size", [8, 48])
+def test_a_bar0_that_cannot_be_is_refused(tmp_path, size):
+    with pytest.raises(LayoutError) as error:
+        of_function(tmp_path, f"bar0_bytes = {size}")
+    for word in ["mine.toml", "function.bar0_bytes (line 13)", f"got {size}", "a power of two from 16", "16 bytes"]:
+        assert word in str(error.value)

@@ -78,7 +78,9 @@ class Device:
 
     @property
     def identity(self) -> Identity:
-        return self.model.identity
+        """The model's, with the layout's revision if it has one."""
+        found, revision = self.model.identity, self.layout.function.revision
+        return found if revision is None else found._replace(revision=revision)
 
     @property
     def G(self) -> int:
@@ -353,6 +355,5 @@ _WRITES: dict[str, Callable[[Device, int, Effects], None]] = {
 
 
 def _bar_size(layout: Layout, dialect: Dialect, settings: DeviceSettings, config_size: int) -> int:
-    """The next power of two that holds the dialect's largest header and the configuration; it never changes."""
-    size = layout.header_size(dialect.conditions, settings.hi_place) + config_size
-    return max(16, 1 << (size - 1).bit_length())
+    """Enough for the dialect's largest header and the configuration; it never changes."""
+    return layout.bar0_size(layout.header_size(dialect.conditions, settings.hi_place) + config_size)
