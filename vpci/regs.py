@@ -91,6 +91,7 @@ class FunctionShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     revision: Annotated[int, msgspec.Meta(ge=0, le=0xFF)] | None = None
     bar0_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_IO_BAR_BYTES)] = 0
+    msix_bar: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

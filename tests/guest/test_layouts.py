@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], Verdict]] = {
     "status and ISR swapped": (layouts.swapped("device_status", "isr_status"), OWN, Verdict.BREAKING),
     "revision 1": (layouts.of_function(revision=1), OWN, Verdict.BREAKING),
     "BAR0 grown": (layouts.of_function(bar0_bytes=256), OWN, Verdict.COMPATIBLE),
+    "MSI-X table in another BAR": (layouts.of_function(msix_bar=2), OWN, Verdict.COMPATIBLE),
     "bit 31 gate from acked to offered": (
         layouts.hi_by_offer(),
         (*OWN, "--set", "header.hi_gate=offered"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.check import layouts
 from vpci import config
 from vpci.cli import main
 from vpci.tools import layout, layout_picture, lspci
@@ -136,6 +137,15 @@ def test_configuration_space_and_bars(blk, capsys):
 def test_without_vectors_there_is_no_capability_and_one_bar(blk, capsys):
     found = shown(capsys, blk, "--set", "pci.msix_vectors=0")
     assert (found["capabilities"], len(found["bars"])) == ([], 1)
+
+
+def test_the_msix_table_is_where_the_layout_puts_it(blk, capsys):
+    Path("own.toml").write_text(layouts.of_function(msix_bar=3))
+    found = shown(capsys, blk, "--layout", "own.toml")
+    fields = {field["name"]: (field["value"], field["access"]) for field in found["config_space"]["fields"]}
+    assert [fields[f"bar{n}"][1] for n in range(1, 6)] == ["R", "R", "RW", "R", "R"]
+    assert (fields["msix_table"][0], fields["msix_pba"][0]) == ("0x00000003", "0x00000803")
+    assert [(bar["index"], bar["bytes"]) for bar in found["bars"]] == [(0, 128), (3, 4096)]
 
 
 # -- lspci -----------------------------------------------------------------------------------------------------------

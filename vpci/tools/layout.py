@@ -150,7 +150,7 @@ def _bars(function: Function, device: Device) -> Iterator[Facts]:
     if msix := function.msix:
         table = {"what": "MSI-X table", "offset": 0, "bytes": msix.n_vectors * pci.MSIX_ENTRY_SIZE}
         pending = {"what": "MSI-X pending bits", "offset": msix.pba_offset, "bytes": msix.pba_size}
-        yield {"index": 1, "space": "memory", "bytes": msix.bar_size, "holds": [table, pending]}
+        yield {"index": msix.bar, "space": "memory", "bytes": msix.bar_size, "holds": [table, pending]}
 
 
 def _capabilities(function: Function, space: bytes) -> Iterator[Facts]:
@@ -204,7 +204,7 @@ _MEANINGS: dict[str, Callable[[int], str]] = {
     "status": lambda value: "there is a capability list" if value & pci.STATUS_CAPABILITIES_LIST else "no capabilities",
     "class_code": lambda value: _CLASSES.get(value >> 16, ""),
     "bar0": lambda value: "I/O space" if value & pci.BAR_IO_SPACE else "memory space",
-    "bar1": lambda value: "I/O space" if value & pci.BAR_IO_SPACE else "memory space, 32 bits",
+    **dict.fromkeys((f"bar{n}" for n in range(1, 6)), lambda _: "memory space, 32 bits"),
     "subsystem_id": lambda value: f"virtio device type {value}",
     "capabilities": lambda value: f"the list begins at 0x{value:02x}",
     "interrupt_line": lambda _: "for the firmware's notes",
