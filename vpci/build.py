@@ -31,7 +31,7 @@ def _make(config: Config) -> tuple[Function, Device, Model]:
     try:
         n_vectors = model.n_vectors if config.pci.msix_vectors is None else config.pci.msix_vectors
         device = Device(model, dialect, layout, _settings(config, n_vectors, offer, mask))
-        return Function(device, n_vectors, config.pci.require_bus_master), device, model
+        return Function(device, n_vectors, config.pci.require_bus_master, layout.function.msix_bar), device, model
     except BaseException:
         model.close()
         raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +50,10 @@ _TRANSPORT: Argument = (
     "--transport",
     {"choices": ("own", "libvfio-user"), "help": "who speaks vfio-user, instead of what the configuration says"},
 )
+_LAYOUT: Argument = (
+    "--layout",
+    {"metavar": "FILE", "help": "the register header's layout, a name or a .toml file: --set header.layout=FILE"},
+)
 _JSON: Argument = (
     "--json",
     {"action": "store_true", "help": "print JSON: one object a line for events, one object for a result"},
@@ -67,7 +72,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
     "serve": (
         "serve the devices until SIGINT or SIGTERM; one client at a time for each",
         "vpci serve configs/blk.toml --set blk.size=1G",
-        [_CONFIGS, _SOCKET, _TRANSPORT, _SET, _JSON],
+        [_CONFIGS, _SOCKET, _TRANSPORT, _LAYOUT, _SET, _JSON],
     ),
     "guest": (
         "serve the devices and boot Linux with them in QEMU",
@@ -93,6 +98,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
                 },
             ),
             ("--interactive", {"action": "store_true", "help": "a shell in the guest on this terminal"}),
+            _LAYOUT,
             _SET,
             _JSON,
         ],
@@ -107,6 +113,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
             ),
             _KERNEL,
             _MACHINE,
+            _LAYOUT,
             _SET,
             _JSON,
         ],
@@ -195,9 +202,15 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
                     "help": "how long an answer may take (default: 5)",
                 },
             ),
+            _LAYOUT,
             _SET,
             _JSON,
         ],
+    ),
+    "layout": (
+        "look at layouts, keep them, compare them",
+        "vpci layout show configs/blk.toml --html blk.html",
+        [],
     ),
     "doctor": (
         "say what is here, what is missing, and what to type",
@@ -212,7 +225,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
 _OFFSET: Argument = ("--offset", {"metavar": "SIZE", "default": "0", "help": "where it begins, as 4096 or 1M"})
 _OUTPUT: Argument = ("-o/--output", {"metavar": "FILE", "default": "-", "help": "where it goes (default: -, stdout)"})
 
-#: command -> its jobs, in the form of COMMANDS. The job is args.job, None when there is none.
+#: command -> its jobs, in the form of COMMANDS. The job is args.job, None when there is none and one is not required.
 JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
     "drive": {
         "read": (
@@ -263,8 +276,68 @@ JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
                 ),
             ],
         ),
-    }
+    },
+    "layout": {
+        "show": (
+            "show configuration space, BARs, and the register header in each state, to scale as a picture",
+            "vpci layout show configs/blk.toml --html blk.html",
+            [
+                _CONFIG,
+                ("--html", {"metavar": "FILE", "help": "write a page that stands alone, instead of the tables"}),
+                ("--svg", {"metavar": "FILE", "help": "write the picture alone, instead of the tables"}),
+                _LAYOUT,
+                _SET,
+                _JSON,
+            ],
+        ),
+        "snapshot": (
+            "keep what drivers depend on in a file, to be committed and compared",
+            "vpci layout snapshot configs/blk.toml -o layouts.snapshot",
+            [_CONFIGS, _OUTPUT, _LAYOUT, _SET],
+        ),
+        "diff": (
+            "say what changed and what that is for which driver; exit status 1 if anything did",
+            "vpci layout diff layouts.snapshot configs/blk.toml",
+            [
+                ("old", {"metavar": "OLD", "help": "a snapshot or a CONFIG"}),
+                ("new", {"metavar": "NEW", "help": "a snapshot or a CONFIG; --layout and --set are for this one"}),
+                _LAYOUT,
+                _SET,
+                _JSON,
+            ],
+        ),
+        "check": (
+            "for CI: what became of a snapshot's functions, and whether drivers can live with it",
+            "vpci layout check layouts.snapshot --junit layouts.xml",
+            [
+                ("file", {"metavar": "FILE", "help": "a snapshot; its configurations are read as they are now"}),
+                (
+                    "--fail-on",
+                    {
+                        "choices": ("breaking", "run", "change"),
+                        "default": "run",
+                        "help": "what ends with 1: a verdict breaking; also needs a run (default); also any change",
+                    },
+                ),
+                ("--junit", {"metavar": "FILE", "help": "write JUnit XML as well"}),
+                _JSON,
+            ],
+        ),
+        "reference": (
+            "print the register reference of layouts, as Markdown",
+            "vpci layout reference -o docs/registers.md",
+            [
+                (
+                    "layouts",
+                    {"metavar": "LAYOUT", "nargs": "*", "help": "names or .toml files (default: every built-in one)"},
+                ),
+                _OUTPUT,
+            ],
+        ),
+    },
 }
+#: Commands that do nothing without a job.
+NEEDS_JOB = ("layout",)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -275,7 +348,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"vpci {__version__}")
     commands = _add(top.add_subparsers(dest="command", metavar="COMMAND", required=True), COMMANDS)
     for name, jobs in JOBS.items():
-        _add(commands[name].add_subparsers(dest="job", metavar="JOB"), jobs)
+        _add(commands[name].add_subparsers(dest="job", metavar="JOB", required=name in NEEDS_JOB), jobs)
     return top
 
 
@@ -294,6 +367,8 @@ def _add(place: Any, table: dict[str, tuple[str, str, Sequence[Argument]]]) -> d
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(argv)
+    if getattr(args, "layout", None):
+        args.sets = [*args.sets, f"header.layout={json.dumps(args.layout)}"]
     run: Callable[[argparse.Namespace], int] = importlib.import_module(f"vpci.commands.{args.command}").run
     try:
         return run(args)

@@ -82,8 +82,11 @@ class HeaderSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Meta(description="When the 32:63 feature fields are there: bit 31 is acked by the guest, or merely offered."),
     ] = "acked"
     hi_place: Annotated[
-        Literal["following", "fixed24"],
-        Meta(description="Where they are: right after what is before them, or always at 24."),
+        str,
+        Meta(
+            description="Where they are: following, right after what is before them; fixed24, always at 24; or another "
+            "placement that the layout names."
+        ),
     ] = "following"
     access: Annotated[
         Literal["strict", "qemu"],

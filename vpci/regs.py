@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import enum
 import itertools
+import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -25,7 +26,17 @@ LAYOUT_FOLDER = Path(__file__).parent / "layouts"
 CONDITIONS = ("msix", "hi")
 FOLLOWING = "following"
 WIDTHS = (8, 16, 32, 64)
-RESET_NAMES = ("offered_lo", "offered_hi", "queue_size")
+#: What a `reset` may name, with its bits.
+RESET_NAMES = {"offered_lo": 32, "offered_hi": 32, "queue_size": 16}
+#: Bits that a register of this name has to hold, whatever its layout. [v0.9.1 Virtio Header], [seed]
+LEAST_BITS = {"guest_features": 32, "guest_features_hi": 32, "config_vector": 16, "queue_vector": 16}
+#: A guest writes a register whole, and no instruction writes more than this to I/O space.
+MAX_WRITE_BITS = 32
+ACKED, OFFERED = "acked", "offered"
+#: The guest acks these bits in this register.
+ACK_REGISTER, ACK_BITS = "guest_features", 32
+MAX_FEATURE = 63
+MAX_IO_BAR_BYTES = 256  # [pci 6.2.5.1]
 
 
 class Access(enum.Enum):
@@ -61,7 +72,7 @@ class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether the bit is offered and, unless the gate is "offered", acked; both words 64 bits."""
         if self.feature is None:
             return False
-        word = offered if gate == "offered" else offered & acked
+        word = offered if gate == OFFERED else offered & acked
         return bool(word >> self.feature & 1)
 
 
@@ -75,11 +86,20 @@ class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     register: tuple[Register, ...] = ()
 
 
+class FunctionShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a layout says of the function around the header; None: the model's. `bar0_bytes` 0: as few as it needs."""
+
+    revision: Annotated[int, msgspec.Meta(ge=0, le=0xFF)] | None = None
+    bar0_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_IO_BAR_BYTES)] = 0
+    msix_bar: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     block: tuple[Block, ...]
     title: str = ""
     conditions: dict[str, Condition] = {}
+    function: FunctionShape = FunctionShape()
 
 
 @dataclass(frozen=True)
@@ -94,6 +114,7 @@ class Field:
     per: str | None
     meaning: str
     block: str
+    line: int = 0
 
     @property
     def end(self) -> int:
@@ -101,7 +122,8 @@ class Field:
 
     @property
     def label(self) -> str:
-        return f"{self.block}.{self.name} (bytes {self.offset}..{self.end - 1})"
+        """For errors: its block, its name, its bytes, and its line in the file."""
+        return f"{self.block}.{self.name} (bytes {self.offset}..{self.end - 1}, line {self.line})"
 
 
 @dataclass(frozen=True)
@@ -130,9 +152,10 @@ class Resolved:
 class Layout:
     """A checked layout; `resolve` gives its map for a state of the conditions."""
 
-    def __init__(self, file: str, content: _File) -> None:
+    def __init__(self, file: str, content: _File, text: str) -> None:
         self.file, self.name, self.title = file, content.name, content.title
-        self.blocks, self.conditions = content.block, content.conditions
+        self.lines = Lines(text, content.block)
+        self.blocks, self.conditions, self.function = content.block, content.conditions, content.function
         self._maps: dict[tuple[bool, bool, str], Resolved] = {}
         _check(self)
 
@@ -153,10 +176,77 @@ class Layout:
             self._maps[key] = _place(self, dict(zip(CONDITIONS, (msix, hi), strict=True)), placement)
         return self._maps[key]
 
+    def bar0_size(self, needed: int) -> int:
+        """Bytes of BAR0 where header and configuration need `needed`: the next power of two, or what the file says."""
+        least = max(16, 1 << (needed - 1).bit_length())
+        told = self.function.bar0_bytes or least
+        if told < least or told & (told - 1):
+            where = f"function.bar0_bytes (line {self.lines.key('bar0_bytes')})"
+            wanted = f"a power of two from {least}, for header and device configuration need {needed} bytes"
+            raise LayoutError(self.file, where, str(told), wanted)
+        return told
+
     def header_size(self, conditions: tuple[str, ...], placement: str = FOLLOWING) -> int:
         """Bytes of the largest header that the given conditions allow; BAR sizes follow from it."""
         states = itertools.product(*((False, True) if name in conditions else (False,) for name in CONDITIONS))
         return max(self.resolve(msix, hi, placement).config_base for msix, hi in states)
+
+
+class Lines:
+    """Where in the file a layout's parts are, for errors; lines count from 1.
+
+    A part is found by its name: the n-th part that is called so, in the order of blocks and registers, is the n-th
+    assignment of that name in the text. A parser of TOML tells no lines.
+    """
+
+    _NAME = re.compile(r"""(?<![\w."'-])name\s*=\s*("(?P<basic>[^"\n]*)"|'(?P<literal>[^'\n]*)')""")
+
+    def __init__(self, text: str, blocks: tuple[Block, ...]) -> None:
+        self._text = _without_comments(text)
+        places: dict[str, list[int]] = {}
+        for match in self._NAME.finditer(self._text):
+            line = self._text.count("\n", 0, match.start()) + 1
+            places.setdefault(match["basic"] or match["literal"], []).append(line)
+        # the layout's own name comes before every block, for TOML has top-level keys first
+        first_block = self._line_of(r"^[ \t]*\[\[\s*block\s*\]\]|^[ \t]*block\s*=")
+        rest = {name: [line for line in lines if line >= first_block] for name, lines in places.items()}
+        self._blocks: list[int] = []
+        self._registers: list[list[int]] = []
+        for block in blocks:
+            self._blocks.append(self._next(rest, block.name))
+            self._registers.append([self._next(rest, reg.name) for reg in block.register])
+
+    @staticmethod
+    def _next(places: dict[str, list[int]], name: str) -> int:
+        """0 for a name that is written in a way that is not found, with an escape perhaps."""
+        return places[name].pop(0) if places.get(name) else 0
+
+    def _line_of(self, pattern: str) -> int:
+        match = re.search(pattern, self._text, re.MULTILINE)
+        return self._text.count("\n", 0, match.start()) + 1 if match else 1
+
+    def block(self, at: int) -> int:
+        """The line of the `at`-th block's name."""
+        return self._blocks[at]
+
+    def register(self, block: int, at: int) -> int:
+        """The line of the `at`-th register's name in the `block`-th block."""
+        return self._registers[block][at]
+
+    def key(self, name: str) -> int:
+        """The line of a key that a file has once."""
+        return self._line_of(rf"\b{re.escape(name)}\s*=")
+
+    def condition(self, name: str) -> int:
+        """The line of a condition."""
+        word = rf"[\"']?{re.escape(name)}[\"']?"
+        table, key = rf"^[ \t]*\[\s*conditions\s*\.\s*{word}\s*\]", rf"^[ \t]*(conditions\.)?{word}\s*[=.]"
+        return self._line_of(rf"{table}|{key}|\{{.*\b{word}\s*=")
+
+
+def _without_comments(text: str) -> str:
+    """The text with comments cut off its lines; a # between quotes begins none."""
+    return re.sub(r"""("[^"\n]*"|'[^'\n]*')|#[^\n]*""", lambda match: match[1] or "", text)
 
 
 def _place(layout: Layout, state: dict[str, bool], placement: str) -> Resolved:
@@ -165,29 +255,35 @@ def _place(layout: Layout, state: dict[str, bool], placement: str) -> Resolved:
     fields: list[Field] = []
     gaps: list[tuple[int, int]] = []
     end = 0
-    for block in layout.blocks:
+    for at, block in enumerate(layout.blocks):
         if block.when is None or state[block.when]:
-            start = _start(layout, block, end, placement, fields)
+            start = _start(layout, at, end, placement, fields)
             gaps += [(end, start)] if start > end else []
-            fields += _fields(block, start)
+            fields += _fields(layout, at, start)
             end = fields[-1].end if block.register else start
     _check_alignment(layout.file, fields)
     return Resolved(tuple(fields), tuple(gaps), end)
 
 
-def _start(layout: Layout, block: Block, end: int, placement: str, before: list[Field]) -> int:
+def _start(layout: Layout, at: int, end: int, placement: str, before: list[Field]) -> int:
     """Where a block starts: at the end of the one before it, or where the placement says, if that is free."""
+    block = layout.blocks[at]
     start = block.at.get(placement, end)
     if start < end:
-        where = f"block {block.name} and {before[-1].label} overlap in placement {placement}"
+        where = f"{_block_label(layout, at)} and {before[-1].label} overlap in placement {placement}"
         raise LayoutError(layout.file, where, f"a start at {start}", f"{end} or more")
     return start
 
 
-def _fields(block: Block, start: int) -> Iterator[Field]:
-    for reg in block.register:
-        width = reg.width // 8
-        yield Field(reg.name, start, width, reg.access, reg.reset, reg.per, reg.meaning, block.name)
+def _block_label(layout: Layout, at: int) -> str:
+    return f"block {layout.blocks[at].name} (line {layout.lines.block(at)})"
+
+
+def _fields(layout: Layout, at: int, start: int) -> Iterator[Field]:
+    block = layout.blocks[at]
+    for number, reg in enumerate(block.register):
+        width, line = reg.width // 8, layout.lines.register(at, number)
+        yield Field(reg.name, start, width, reg.access, reg.reset, reg.per, reg.meaning, block.name, line)
         start += width
 
 
@@ -200,72 +296,168 @@ def _check_alignment(file: str, fields: list[Field]) -> None:
             )
 
 
+class _Named(NamedTuple):
+    """A register with its block and where both are in the file."""
+
+    block: Block
+    reg: Register
+    line: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.block.name}.{self.reg.name} (line {self.line})"
+
+
+def _registers(layout: Layout) -> list[_Named]:
+    return [
+        _Named(block, reg, layout.lines.register(at, number))
+        for at, block in enumerate(layout.blocks)
+        for number, reg in enumerate(block.register)
+    ]
+
+
 def _check(layout: Layout) -> None:
     """Every rule that does not depend on a map, then every map that there is."""
-    registers = [(block, reg) for block in layout.blocks for reg in block.register]
-    for block in layout.blocks:
-        _check_block(layout, block)
-    for block, reg in registers:
-        _check_register(layout.file, block, reg, {other.name for _, other in registers})
-    _check_names(layout.file, registers)
+    registers = _registers(layout)
+    for at in range(len(layout.blocks)):
+        _check_block(layout, at)
+    for named in registers:
+        _check_register(layout.file, named)
+    by_name = _check_names(layout.file, registers)
+    for named in registers:
+        _check_selector(layout.file, named, by_name)
     _check_config_block(layout)
+    for name in layout.conditions:
+        _check_reachable(layout, name, by_name)
     for msix, hi, placement in itertools.product((False, True), (False, True), layout.placements):
         layout.resolve(msix, hi, placement)
 
 
-def _check_block(layout: Layout, block: Block) -> None:
+def _check_block(layout: Layout, at: int) -> None:
+    block, file = layout.blocks[at], layout.file
     declared = [name for name in layout.conditions if name in CONDITIONS]
     if block.when is not None and block.when not in declared:
-        raise LayoutError(
-            layout.file, f"block {block.name}", f"condition {block.when!r}", f"one of [conditions]: {_list(declared)}"
-        )
+        wanted = f"one of [conditions]: {_list(declared)}"
+        raise LayoutError(file, _block_label(layout, at), f"condition {block.when!r}", wanted)
     unknown = [name for name in layout.conditions if name not in CONDITIONS]
     if unknown:
-        raise LayoutError(layout.file, "[conditions]", repr(unknown[0]), f"one of {_list(CONDITIONS)}")
+        where = f"[conditions] (line {layout.lines.condition(unknown[0])})"
+        raise LayoutError(file, where, repr(unknown[0]), f"one of {_list(CONDITIONS)}")
 
 
-def _check_register(file: str, block: Block, reg: Register, names: set[str]) -> None:
-    where = f"{block.name}.{reg.name}"
+def _check_register(file: str, named: _Named) -> None:
+    """Width, reset and access of one register by themselves."""
+    reg, where = named.reg, named.label
     if reg.width not in WIDTHS:
         raise LayoutError(file, where, f"width {reg.width}", f"one of {_list(WIDTHS)} bits")
     if isinstance(reg.reset, str) and reg.reset not in RESET_NAMES:
         raise LayoutError(file, where, f"reset {reg.reset!r}", f"a number or one of {_list(RESET_NAMES)}")
     if isinstance(reg.reset, int) and not 0 <= reg.reset < 1 << reg.width:
         raise LayoutError(file, where, f"reset {reg.reset:#x}", f"0 or more, and {reg.width} bits at most")
-    if reg.per is not None and reg.per not in names:
-        raise LayoutError(file, where, f"per {reg.per!r}", "the name of a register of this layout")
+    least = max(LEAST_BITS.get(reg.name, 0), RESET_NAMES.get(str(reg.reset), 0))
+    if reg.width < least:
+        raise LayoutError(file, where, f"width {reg.width}", f"{least} bits or more, for what it holds")
+    if reg.access.writable and reg.width > MAX_WRITE_BITS:
+        wanted = f"{MAX_WRITE_BITS} bits at most: it is written whole, and I/O space takes no wider write"
+        raise LayoutError(file, where, f"access {reg.access.value} with width {reg.width}", wanted)
 
 
-def _check_names(file: str, registers: list[tuple[Block, Register]]) -> None:
-    seen: dict[str, str] = {}
-    for block, reg in registers:
-        if reg.name in seen:
-            where = f"{seen[reg.name]}.{reg.name} and {block.name}.{reg.name}"
+def _check_names(file: str, registers: list[_Named]) -> dict[str, _Named]:
+    seen: dict[str, _Named] = {}
+    for named in registers:
+        if named.reg.name in seen:
+            where = f"{seen[named.reg.name].label} and {named.label}"
             raise LayoutError(file, where, "one name twice", "a name for each register")
-        seen[reg.name] = block.name
+        seen[named.reg.name] = named
+    return seen
+
+
+def _check_selector(file: str, named: _Named, by_name: dict[str, _Named]) -> None:
+    """A register that is there once for each value of another one needs that one beside it."""
+    per = named.reg.per
+    if per is None:
+        return
+    if per not in by_name:
+        raise LayoutError(file, named.label, f"per {per!r}", "the name of a register of this layout")
+    selector = by_name[per]
+    if selector.block.when not in (None, named.block.when):
+        got = f"a selector that needs condition {selector.block.when!r}"
+        wanted = "one that is there whenever this register is"
+        raise LayoutError(file, f"{named.label} and {selector.label}", got, wanted)
+
+
+def _check_reachable(layout: Layout, name: str, by_name: dict[str, _Named]) -> None:
+    """A condition that decides on blocks can come to hold: a state that nobody can reach hides a mistake."""
+    condition, blocks = layout.conditions[name], [at for at, block in enumerate(layout.blocks) if block.when == name]
+    where = f"condition {name} (line {layout.lines.condition(name)})"
+    unknown = [gate for gate in condition.gates if gate not in (ACKED, OFFERED)]
+    if unknown:
+        raise LayoutError(layout.file, where, f"gate {unknown[0]!r}", f"{ACKED} or {OFFERED}")
+    if name == "msix" or not blocks:
+        return
+    where = f"{where} and {_block_label(layout, blocks[0])}, which it decides on"
+    if condition.feature is None or not 0 <= condition.feature <= MAX_FEATURE:
+        raise LayoutError(layout.file, where, f"feature {condition.feature}", f"a bit from 0 to {MAX_FEATURE}")
+    if condition.gates == (OFFERED,):
+        return
+    if condition.feature >= ACK_BITS:
+        wanted = (
+            f'a bit from 0 to {ACK_BITS - 1}, or gates = ["{OFFERED}"]: the register of higher bits is not there yet'
+        )
+        raise LayoutError(layout.file, where, f"feature {condition.feature} with gate {ACKED}", wanted)
+    _check_can_be_acked(layout.file, where, by_name.get(ACK_REGISTER))
+
+
+def _check_can_be_acked(file: str, where: str, register: _Named | None) -> None:
+    """With gate "acked" the guest needs a register to ack in, before the condition holds."""
+    wanted = f"a register {ACK_REGISTER} that is always there and has access RW, for the guest to ack in"
+    if register is None:
+        raise LayoutError(file, where, f"no register {ACK_REGISTER}", wanted)
+    if register.block.when or not register.reg.access.writable:
+        when = f", when {register.block.when}" if register.block.when else ""
+        raise LayoutError(file, f"{where}, and {register.label}", f"access {register.reg.access.value}{when}", wanted)
 
 
 def _check_config_block(layout: Layout) -> None:
-    holders = [block.name for block in layout.blocks if block.config]
-    if len(holders) != 1 or not layout.blocks[-1].config or layout.blocks[-1].register or layout.blocks[-1].when:
-        got = f"config blocks {_list(holders)}" if holders else "no config block"
+    holders = [at for at, block in enumerate(layout.blocks) if block.config]
+    last = layout.blocks[-1] if layout.blocks else None
+    if len(holders) != 1 or last is None or not last.config or last.register or last.when:
+        got = f"config blocks {_list(_block_label(layout, at) for at in holders)}" if holders else "no config block"
         wanted = "one block with config = true, the last, without registers and without a condition"
         raise LayoutError(layout.file, "blocks", got, wanted)
 
 
-def _list(names: object) -> str:
-    return ", ".join(str(name) for name in names) if names else "none"  # type: ignore[attr-defined]
+def _list(names: Iterable[object]) -> str:
+    return ", ".join(str(name) for name in names) or "none"
 
 
 def load_layout(path: Path | str) -> Layout:
     """The layout in the TOML file at `path`; LayoutError names the file and what is wrong in it."""
+    wanted = "a layout (see the built-in legacy.toml)"
     try:
-        content = msgspec.convert(tomllib.loads(Path(path).read_text(encoding="utf-8")), _File)
+        text = Path(path).read_text(encoding="utf-8")
+        raw = tomllib.loads(text)
     except OSError as error:
         raise LayoutError(str(path), "file", str(error.strerror), "a readable layout file") from error
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise LayoutError(str(path), "content", str(error), "a layout (see the built-in legacy.toml)") from error
-    return Layout(str(path), content)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LayoutError(str(path), "content", str(error), wanted) from error
+    try:
+        content = msgspec.convert(raw, _File)
+    except msgspec.ValidationError as error:
+        raise LayoutError(str(path), _part(raw, str(error)), str(error), wanted) from error
+    return Layout(str(path), content, text)
+
+
+def _part(raw: dict[str, object], error: str) -> str:
+    """The block and the register that an error of msgspec speaks of, by their names."""
+    place: object = raw
+    names = []
+    for kind, at in re.findall(r"\.(block|register)\[(\d+)\]", error):
+        rows = place.get(kind) if isinstance(place, dict) else None
+        place = rows[int(at)] if isinstance(rows, list) else None
+        name = place.get("name") if isinstance(place, dict) else None
+        names.append(f"{kind} {name if name is not None else f'number {int(at) + 1}'}")
+    return ", ".join(names) or "content"
 
 
 def find_layout(name: str) -> Layout:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.check import layouts
 from tests.check.test_cases import paper
 from tests.doubles import environment
 from vpci.check.elsewhere import ELSEWHERE
@@ -93,6 +94,43 @@ def test_the_junit_file_has_every_case(whole, folder):
     assert names == list(whole.results)
     assert [root.get(name) for name in ("tests", "failures", "errors")] == [str(len(names)), "0", "0"]
     assert len(root.findall(".//skipped")) == int(root.get("skipped", "")) == Counter(whole.results.values())["SKIP"]
+
+
+# -- layout files ----------------------------------------------------------------------------------------------------
+
+#: What a layout file moves, and the cases that must see it; the others of --only pass.
+MOVED = {
+    "high words before the vectors": (
+        layouts.hi_before_vectors(),
+        "A,C21,E,K01,K02",
+        {"A12": "device and guest features 32:63", "A14": "", "A16": "", "C21": "vectors at 20 and 22"},
+    ),
+    "status and ISR swapped": (
+        layouts.swapped("device_status", "isr_status"),
+        "A,D01,L01",
+        {"A17": "after reset", "D01": "device_status: got 0, wanted 1", "L01": "Interrupt Status"},
+    ),
+}
+
+
+def test_a_layout_file_of_the_same_effect_has_the_same_results(whole, tmp_path):
+    """Written otherwise in everything that a file may choose: the runner shares no table with it."""
+    (tmp_path / "otherwise.toml").write_text(layouts.EQUAL)
+    found = check(CONFIG, "--layout", "otherwise.toml", cwd=tmp_path)
+    assert (found.status, found.results) == (0, whole.results)
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_a_layout_file_that_moves_a_register_fails_in_the_cases_that_look_there(case, tmp_path):
+    text, only, wanted = MOVED[case]
+    (tmp_path / "moved.toml").write_text(text)
+    found = check(CONFIG, "--layout", "moved.toml", "--only", only, "--timeout", "2", cwd=tmp_path)
+    assert {id for id, result in found.results.items() if result != "PASS"} == wanted.keys(), found.reasons
+    assert found.status == 1
+    assert all(words in found.reasons[id] for id, words in wanted.items())
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
 
 
 def test_without_json_there_is_a_line_a_case_and_a_summary(folder):

@@ -11,8 +11,10 @@ from unit_models import NetLike
 
 from vpci.build import make_function
 from vpci.config import load, sample
+from vpci.effects import Effects
 from vpci.errors import BackendError, ConfigError, VpciError
 from vpci.models import find_model
+from vpci.regs import LAYOUT_FOLDER
 
 REPO = Path(__file__).parents[2]
 BASIC = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "1M"\n'
@@ -256,6 +258,20 @@ def test_every_key_of_every_section_has_a_description():
 
 def test_everything_refused_is_a_vpci_error():
     assert issubclass(ConfigError, VpciError)
+
+
+# -- layout files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_placement_that_a_layout_file_names_can_be_chosen(make, tmp_path):
+    text = (LAYOUT_FOLDER / "legacy.toml").read_text()
+    (tmp_path / "own.toml").write_text(text.replace("{ fixed24 = 24 }", "{ fixed40 = 40 }"))
+    own = "header.layout=own.toml"
+    with pytest.raises(ConfigError, match="following or fixed40"):
+        make(BASIC, own, "header.hi_place=fixed24")
+    _, device, _ = make(BASIC, own, "header.hi_place=fixed40")
+    device.bar_write(4, (1 << 31).to_bytes(4, "little"), Effects())
+    assert device.resolved.config_base == 48
 
 
 def test_a_set_for_one_model_reaches_its_files_and_any_other_set_all(tmp_path, monkeypatch):

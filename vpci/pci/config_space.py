@@ -30,8 +30,8 @@ class Capability(NamedTuple):
     pieces: tuple[Bytes, ...]
 
 
-def header(identity: Identity, io_bar_size: int, memory_bar_size: int) -> list[Bytes]:
-    """The type 00h header of a function with BAR0 in I/O space and, unless its size is 0, BAR1 in memory space."""
+def header(identity: Identity, io_bar_size: int, memory_bar_size: int, memory_bar: int = 1) -> list[Bytes]:
+    """The type 00h header of a function with BAR0 in I/O space and, unless its size is 0, one in memory space."""
     return [
         Bytes(pci.VENDOR_ID, 2, identity.vendor_id),
         Bytes(pci.DEVICE_ID, 2, identity.device_id),
@@ -42,7 +42,7 @@ def header(identity: Identity, io_bar_size: int, memory_bar_size: int) -> list[B
         Bytes(pci.CACHE_LINE_SIZE, 1, 0, 0xFF),
         Bytes(pci.LATENCY_TIMER, 1, 0, 0xFF),
         Bytes(pci.BAR0, 4, pci.BAR_IO_SPACE, _address_bits(io_bar_size)),
-        Bytes(pci.BAR1, 4, 0, _address_bits(memory_bar_size)),
+        Bytes(pci.BAR0 + 4 * memory_bar, 4, 0, _address_bits(memory_bar_size)),
         Bytes(pci.SUBSYSTEM_VENDOR_ID, 2, identity.subsystem_vendor_id),
         Bytes(pci.SUBSYSTEM_ID, 2, identity.subsystem_id),
         Bytes(pci.INTERRUPT_LINE, 1, 0, 0xFF),
@@ -107,6 +107,11 @@ class ConfigSpace:
     def value(self, off: int, width: int) -> int:
         """The number stored at `off`, `width` bytes."""
         return int.from_bytes(self._now[off : off + width], "little")
+
+    def access(self, off: int, width: int) -> str:
+        """RW where a write changes a bit of these bytes, RW1C where a written 1 only clears some, else R."""
+        where = slice(off, off + width)
+        return "RW" if any(self._writable[where]) else "RW1C" if any(self._clear_on_1[where]) else "R"
 
     def reset(self) -> None:
         """Back to power-on."""

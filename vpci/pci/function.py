@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 from vpci.effects import Effects
 from vpci.errors import ClientError
 from vpci.pci.config_space import ConfigSpace, header
-from vpci.pci.msix import MsixTable
+from vpci.pci.msix import BAR, MsixTable
 from vpci.spec import pci
 from vpci.spec.pci import Identity
 
 REGION_BAR0 = 0
-REGION_BAR1 = 1
+MEMORY_BARS = range(1, 6)  # only the one with the MSI-X table has a size
 REGION_CONFIG = 7
 N_REGIONS = 9
 FLAG_READ = 1
@@ -55,17 +55,19 @@ class PciDevice(Protocol):
 
 
 class Function:
-    """BAR0 in I/O space is the device; with vectors BAR1 in memory space has the MSI-X table and pending bits."""
+    """BAR0 in I/O space is the device; with vectors `msix_bar` in memory space has the MSI-X table and pending bits."""
 
-    def __init__(self, device: PciDevice, n_vectors: int = 0, require_bus_master: bool = False) -> None:
+    def __init__(
+        self, device: PciDevice, n_vectors: int = 0, require_bus_master: bool = False, msix_bar: int = BAR
+    ) -> None:
         self.device = device
         self.n_vectors = n_vectors
         self.require_bus_master = require_bus_master
-        self.msix = MsixTable(n_vectors) if n_vectors else None
-        bar1_size = self.msix.bar_size if self.msix else 0
+        self.msix = MsixTable(n_vectors, msix_bar) if n_vectors else None
+        msix_size = self.msix.bar_size if self.msix else 0
         capabilities = [self.msix.capability()] if self.msix else []
-        self.config = ConfigSpace(header(device.identity, device.bar_size, bar1_size), capabilities)
-        sizes = {REGION_BAR0: device.bar_size, REGION_BAR1: bar1_size, REGION_CONFIG: pci.CONFIG_SPACE_SIZE}
+        self.config = ConfigSpace(header(device.identity, device.bar_size, msix_size, msix_bar), capabilities)
+        sizes = {REGION_BAR0: device.bar_size, msix_bar: msix_size, REGION_CONFIG: pci.CONFIG_SPACE_SIZE}
         self.regions = [_region(sizes.get(index, 0)) for index in range(N_REGIONS)]
 
     @property
@@ -113,10 +115,10 @@ class Function:
         if data:
             self.device.bar_write(offset, data, fx)
 
-    def _bar1_read(self, offset: int, count: int) -> bytes:
+    def _msix_read(self, offset: int, count: int) -> bytes:
         return self.msix.read(offset, count) if self.msix else b""
 
-    def _bar1_write(self, offset: int, data: bytes, fx: Effects) -> None:
+    def _msix_write(self, offset: int, data: bytes, fx: Effects) -> None:
         if self.msix:
             self.msix.write(offset, data, fx)
 
@@ -190,11 +192,11 @@ def _region(size: int) -> Region:
 
 _READS: dict[int, Callable[[Function, int, int], bytes]] = {
     REGION_BAR0: Function._bar0_read,
-    REGION_BAR1: Function._bar1_read,
+    **dict.fromkeys(MEMORY_BARS, Function._msix_read),
     REGION_CONFIG: Function._config_read,
 }
 _WRITES: dict[int, Callable[[Function, int, bytes, Effects], None]] = {
     REGION_BAR0: Function._bar0_write,
-    REGION_BAR1: Function._bar1_write,
+    **dict.fromkeys(MEMORY_BARS, Function._msix_write),
     REGION_CONFIG: Function._config_write,
 }

@@ -19,10 +19,10 @@ _ENTRY_WRITABLE = bytes.fromhex("fcffffff ffffffff ffffffff 01000000")  # dword-
 
 
 class MsixTable:
-    """`n_vectors` entries (1..0x800) in a BAR of `bar_size` bytes; `pending` gives the pending bits as one number."""
+    """`n_vectors` entries (1..0x800) in BAR `bar` of `bar_size` bytes; `pending` gives the pending bits as a number."""
 
-    def __init__(self, n_vectors: int) -> None:
-        self.n_vectors = n_vectors
+    def __init__(self, n_vectors: int, bar: int = BAR) -> None:
+        self.n_vectors, self.bar = n_vectors, bar
         self.pending: Callable[[], int] = lambda: 0
         table_size = n_vectors * pci.MSIX_ENTRY_SIZE
         self.pba_offset = _SMALL_PBA if table_size <= _SMALL_PBA else _round_up(table_size, _PAGE)
@@ -41,8 +41,8 @@ class MsixTable:
         writable = pci.MSIX_CONTROL_ENABLE | pci.MSIX_CONTROL_FUNCTION_MASK
         pieces = (
             Bytes(pci.MSIX_CONTROL, 2, self.n_vectors - 1, writable),
-            Bytes(pci.MSIX_TABLE, 4, BAR),
-            Bytes(pci.MSIX_PBA, 4, self.pba_offset | BAR),
+            Bytes(pci.MSIX_TABLE, 4, self.bar),
+            Bytes(pci.MSIX_PBA, 4, self.pba_offset | self.bar),
         )
         return Capability(pci.CAP_ID_MSIX, pci.MSIX_CAP_SIZE, pieces)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,9 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vpci.guest.doctor import Check
+from vpci.spec.features import short as features_short
+from vpci.tools import layout as layout_facts
 
 if TYPE_CHECKING:
     from vpci.check.runner import Verdict
+    from vpci.commands.layout import Judged
 
 RING_COLUMNS = {
     "requests": "chains",
@@ -295,3 +300,172 @@ def _config(facts: dict[str, Any]) -> Table:
     for name, value in facts["config"].items():
         table.add_row(name, str(value))
     return table
+
+
+# -- vpci layout -----------------------------------------------------------------------------------------------------
+
+
+_LAYOUT_WIDTH = 150
+
+
+def layout(facts: dict[str, Any], lspci: str | None) -> None:
+    """What `vpci layout show` has: configuration space, BARs, the header in each state, and lspci's view.
+
+    Where stdout is no terminal nothing depends on it: lines of one width, without spaces at their end.
+    """
+    with _stable_console() as out:
+        _layout(out, facts, lspci)
+
+
+@contextlib.contextmanager
+def _stable_console() -> Iterator[Console]:
+    """The terminal; where there is none, one of a fixed width whose lines end where their words do."""
+    terminal = console()
+    if terminal.is_terminal:
+        yield terminal
+        return
+    text = io.StringIO()
+    yield Console(file=text, width=_LAYOUT_WIDTH)
+    print("\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines()))
+
+
+def _layout(out: Console, facts: dict[str, Any], lspci: str | None) -> None:
+    states = {state["name"]: state for state in facts["states"]}
+    for table in (_config_space(facts), _bars(facts), *map(_state, facts["states"]), _moves(facts["states"])):
+        show(out, table)
+    for table in (_device_config(facts, states), _offered_bits(facts), _queues(facts)):
+        show(out, table)
+    for title, text in (
+        ("the same bytes, for lspci -F", layout_facts.lspci_dump(facts)),
+        ("what lspci says of them", lspci or "(there is no lspci here; Debian has it in pciutils)"),
+    ):
+        out.print(Text(title, style="bold"))
+        out.print(Text(text), soft_wrap=True)
+
+
+def _rows(title: str, facts: Iterable[dict[str, Any]], columns: dict[str, str], right: Iterable[str] = ()) -> Table:
+    """A table with a row for each of `facts`; `columns`: heading -> key."""
+    table = _table(title, *columns, right=right)
+    for row in facts:
+        table.add_row(*(Text("" if row[key] is None else str(row[key])) for key in columns.values()))
+    return table
+
+
+def _config_space(facts: dict[str, Any]) -> Table:
+    identity = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["identity"].items())
+    columns = {"offset": "at", "field": "name", "value": "value", "access": "access", "meaning": "meaning"}
+    fields = [{**field, "at": f"0x{field['offset']:02x}"} for field in facts["config_space"]["fields"]]
+    return _rows(f"{facts['config']}: configuration space; {identity}", fields, columns)
+
+
+def _bars(facts: dict[str, Any]) -> Table:
+    table = _table(
+        "BARs", "BAR", "space", "bytes", "what is in it", "at", "its bytes", right=["bytes", "at", "its bytes"]
+    )
+    for bar in facts["bars"]:
+        for held in bar["holds"]:
+            table.add_row(
+                *(str(bar[key]) for key in ("index", "space", "bytes")),
+                held["what"],
+                f"0x{held['offset']:x}",
+                str(held["bytes"]),
+            )
+    return table
+
+
+def _state(state: dict[str, Any]) -> Table:
+    """A header; what is elsewhere than in the first state is marked."""
+    columns = ("offset", "bytes", "register", "access", "reset", "moved", "per", "meaning")
+    table = _table(f"register header: {state['name']}", *columns, right=["offset", "bytes", "moved"])
+    for field in state["registers"]:
+        keys = ("offset", "width", "name", "access", "reset", "moved", "per", "meaning")
+        table.add_row(
+            *(str(field[key] or "") if key == "per" else str(field[key]) for key in keys), style=_mark(field["moved"])
+        )
+    for start, end in state["gaps"]:
+        table.add_row(str(start), str(end - start), "-", "R", "0x0", "", "", "nobody's, reads 0")
+    moved = state["config_moved"]
+    table.add_row(str(state["config_base"]), "", "device configuration", "", "", moved, style=_mark(moved))
+    return table
+
+
+def _mark(moved: str) -> str:
+    return "yellow" if moved else ""
+
+
+def _moves(states: list[dict[str, Any]]) -> Table:
+    """Each step from a state to a neighbour."""
+    table = _table("what a change of state moves", "from", "to", "what", "was at", "is at", right=["was at", "is at"])
+    for step in layout_facts.moves(states):
+        ways = (*step["from"].split(", "), *step["to"].split(", "))
+        change = (step["from"], next(new for old, new in zip(ways[:2], ways[2:], strict=True) if old != new))
+        moved = [(name, str(old), str(new)) for name, (old, new) in step["move"].items()]
+        came = [(name, "-", str(at)) for name, at in step["appear"].items()]
+        gone = [(name, str(at), "-") for name, at in step["disappear"].items()]
+        for row in (*came, *gone, *moved):
+            table.add_row(*change, *row)
+    return table
+
+
+def _device_config(facts: dict[str, Any], states: dict[str, dict[str, Any]]) -> Table:
+    """The model's fields, with their place in BAR0 in each state."""
+    short = {name: f"m={state['msix']:d} h={state['hi']:d}" for name, state in states.items()}
+    columns = ("field", "bytes", "access", "value", *short.values(), "needs")
+    title = "device configuration: its place in BAR0 with MSI-X off and on (m), 32:63 fields absent and there (h)"
+    table = _table(title, *columns, right=["bytes", *short.values()])
+    for field in facts["device_config"]:
+        places = [str(state["config_base"] + field["offset"]) for state in states.values()]
+        style = "" if field["offered"] else "dim"
+        needs = features_short(field["feature"] or "") + ("" if field["offered"] else ", not offered")
+        table.add_row(field["name"], str(field["width"]), field["access"], field["value"], *places, needs, style=style)
+    return table
+
+
+def _offered_bits(facts: dict[str, Any]) -> Table:
+    return _rows("features offered", facts["features"], {"bit": "bit", "name": "name"}, right=["bit"])
+
+
+def _queues(facts: dict[str, Any]) -> Table:
+    return _rows("queues", facts["queues"], {"queue": "index", "name": "name", "size": "size"}, right=["queue", "size"])
+
+
+_VERDICT_STYLES = {"compatible": "green", "needs a run": "yellow", "breaking": "bold red"}
+
+
+def layout_diff(found: Sequence[Judged]) -> None:
+    """What `vpci layout diff` and `check` have: for each function its changes, and the verdict of each driver."""
+    with _stable_console() as out:
+        for row in found:
+            if not row.difference.changes:
+                out.print(Text(f"{row.difference.function}: a driver meets the same", style="green"))
+                continue
+            show(out, _changes(row))
+            if row.verdicts:
+                show(out, _verdicts(row))
+
+
+def _changes(row: Judged) -> Table:
+    name, changes = row.difference.function, row.difference.changes
+    columns = ("change", "what", "old", "new", "in the states")
+    table = _table(f"{name}: {len(changes)} change{'s' * (len(changes) != 1)}", *columns)
+    for change in changes:
+        cells = (change.kind, change.what, _cell(change.old), _cell(change.new), "; ".join(change.states))
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _verdicts(row: Judged) -> Table:
+    """A line a driver; under a driver that is not compatible, a line for each step of its that shows it."""
+    table = _table(
+        f"{row.difference.function}: what that is for drivers", "driver", "verdict", "because it", "met", "meets"
+    )
+    for verdict in row.verdicts:
+        style = _VERDICT_STYLES[verdict.verdict.value]
+        table.add_row(Text(verdict.profile, style="bold"), Text(verdict.verdict.value, style=style))
+        for reason in dict.fromkeys(verdict.reasons):
+            table.add_row("", "", *map(Text, (f"{reason.does} [{reason.source}]", reason.old, reason.new)))
+    return table
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else str(value)

@@ -78,7 +78,9 @@ class Device:
 
     @property
     def identity(self) -> Identity:
-        return self.model.identity
+        """The model's, with the layout's revision if it has one."""
+        found, revision = self.model.identity, self.layout.function.revision
+        return found if revision is None else found._replace(revision=revision)
 
     @property
     def G(self) -> int:
@@ -146,9 +148,10 @@ class Device:
         read = _READS.get(field.name)
         if read is not None:
             return read(self)
-        return self._stored.get(self._place(field), self._reset_value(field))
+        return self._stored.get(self._place(field), self.reset_value(field))
 
-    def _reset_value(self, field: Field) -> int:
+    def reset_value(self, field: Field) -> int:
+        """What a register holds after a reset."""
         return field.reset if isinstance(field.reset, int) else _RESETS[field.reset](self)
 
     def _place(self, field: Field) -> tuple[str, int]:
@@ -352,6 +355,5 @@ _WRITES: dict[str, Callable[[Device, int, Effects], None]] = {
 
 
 def _bar_size(layout: Layout, dialect: Dialect, settings: DeviceSettings, config_size: int) -> int:
-    """The next power of two that holds the dialect's largest header and the configuration; it never changes."""
-    size = layout.header_size(dialect.conditions, settings.hi_place) + config_size
-    return max(16, 1 << (size - 1).bit_length())
+    """Enough for the dialect's largest header and the configuration; it never changes."""
+    return layout.bar0_size(layout.header_size(dialect.conditions, settings.hi_place) + config_size)

@@ -1,0 +1,43 @@
+"""lspci's view of configuration space: the dump that `lspci -F` reads, and what an installed lspci makes of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SLOT = "00:00.0"
+_ROW = 16
+_PLACES = ("/usr/bin", "/usr/sbin", "/sbin")  # a user's PATH often lacks the last two
+_TIMEOUT_S = 30
+
+
+def dump(space: bytes, title: str) -> str:
+    """Configuration space as `lspci -xxx` prints it; `title` stands behind the slot and is read by nobody."""
+    rows = [f"{at:02x}: {space[at : at + _ROW].hex(' ')}" for at in range(0, len(space), _ROW)]
+    return "\n".join([f"{SLOT} {title}", *rows, ""])
+
+
+def find() -> str | None:
+    """The path of an lspci, None where there is none."""
+    return shutil.which("lspci", path=os.pathsep.join([os.environ.get("PATH", ""), *_PLACES]))
+
+
+def view(text: str) -> str | None:
+    """What lspci says of a dump, ids as numbers so that no database of names matters; None without an lspci.
+
+    An lspci that fails is quoted: what is shown beside it does not depend on it.
+    """
+    program = find()
+    if program is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="vpci-lspci-") as folder:
+        file = Path(folder) / "dump"
+        file.write_text(text)
+        command = [program, "-F", str(file), "-n", "-vv"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env={**os.environ, "LC_ALL": "C"}
+        )
+    return done.stdout.strip() + "\n" if done.returncode == 0 else f"{program} failed: {done.stderr.strip()}\n"
