@@ -297,6 +297,12 @@ def test_a_device_that_is_no_disk_is_asked_what_is_true_of_every_model(tmp_path)
     assert "blk.num_queues" in found.reasons["K03"]
 
 
+def test_a_console_is_asked_on_memory_and_what_its_configuration_names_is_not_made(tmp_path):
+    found = check(ROOT / "configs" / "console.toml", "--only", "A,D01", cwd=tmp_path)
+    assert (found.status, found.results["A09"], found.results["D01"]) == (0, "PASS", "PASS")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_ended_check_leaves_no_server_and_no_scratch_image(tmp_path):
     command = [sys.executable, "-P", "-m", "vpci", "check", str(CONFIG), "--json"]
     env = {**environment(), "TMPDIR": str(tmp_path)}

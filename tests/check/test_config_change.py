@@ -11,9 +11,9 @@ from tests.order.rig import Rig, rigs
 
 
 @pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str) -> Iterator[Rig]:
     """One queue, and a model whose configuration can be changed."""
-    with rigs(tmp_path, monkeypatch) as make:
+    with rigs(tmp_path, monkeypatch, transport) as make:
         yield make()
 
 

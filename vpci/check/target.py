@@ -13,13 +13,14 @@ import os
 import select
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import msgspec
 
 from vpci.check.cases import Case, Failed, Need, Skipped, Wedged
 from vpci.config import Config
@@ -262,25 +263,29 @@ class ConfigTarget:
         folder = self.folder / f"server-{self._count}"
         self._count += 1
         folder.mkdir()
-        sets = dict(changes)
-        if hasattr(self.config.section, "path"):
-            sets |= self._image(changes, folder)
+        sets = {**changes, **self._scratch(changes, folder)}
         return ConfigServer(self.config, {**sets, "": self.user_sets}, folder, self.timeout)
 
-    def _image(self, changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """Where the disk's bytes are: in place if that is wanted and possible, else a sparse file of the same size."""
-        if self.in_place and not any(key.startswith("blk.") for key in changes):
+    def _scratch(self, changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Backends of our own instead of the user's, unless those are wanted and the case changes none of their keys."""
+        model = self.config.model_type
+        own = {key.removeprefix("blk."): value for key, value in changes.items() if key.startswith("blk.")}
+        if self.in_place and not own:
             self.close()  # an image has one user at a time
             return {}
-        image = folder / "scratch.img"
-        size = size_of(changes.get("blk.size", getattr(self.config.section, "size", None)))
-        size = size or image_bytes(Path(self.config.section.path)) or MIN_DISK_BYTES  # type: ignore[attr-defined]
-        with image.open("wb") as file:
-            file.truncate(size)
-            file.write(_pattern()[:size])
-            file.seek(size - 512)
-            file.write(b"last" * 128)
-        return {"blk.backend": "file", "blk.path": str(image), "blk.size": size}
+        section = msgspec.structs.replace(self.config.section, **own)
+        found = {key: value for key, value in model.scratch(section, folder).items() if value is not None}
+        if "size" in found:
+            _fill(Path(found["path"]), found["size"])
+        return {f"{model.name}.{key}": value for key, value in found.items()}
+
+
+def _fill(image: Path, size: int) -> None:
+    """So that no two sectors of a disk are alike, and its last one can be told."""
+    with image.open("r+b") as file:
+        file.write(_pattern()[:size])
+        file.seek(size - 512)
+        file.write(b"last" * 128)
 
 
 @functools.cache
@@ -349,11 +354,6 @@ def size_of(value: int | str | None) -> int:
     if value is None or isinstance(value, int):
         return value or 0
     return int(value[:-1]) << 10 * (1 + "KMGT".index(value[-1])) if value[-1] in "KMGT" else int(value)
-
-
-def image_bytes(path: Path) -> int:
-    """Of a regular file; 0 for anything else."""
-    return path.stat().st_size if path.exists() and stat.S_ISREG(path.stat().st_mode) else 0
 
 
 def set_text(key: str, value: Any) -> str:

@@ -7,6 +7,7 @@ struct.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import msgspec
@@ -129,6 +130,14 @@ class Model:
     def takes_terminal(cls, section: Any) -> bool:
         """Whether a device with this section takes the process's stdin and stdout."""
         return False
+
+    @classmethod
+    def scratch(cls, section: Any, folder: Path) -> dict[str, Any]:
+        """Keys of the section, with values, that put the device on backends of its own; files are made in `folder`.
+
+        For tools that serve a configuration and leave alone what is behind it.
+        """
+        return {}
 
     def queues(self) -> list[QueueSpec]:
         """The queues in order of their index."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -140,6 +141,7 @@ class BlkSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 #: For calls that may block; what does not have to wait does not come here.
 ENGINE_THREADS = 4
+SCRATCH_BYTES = 1 << 20
 
 _NOT_BY_OFFER = {
     blk.F_RO: "set blk.read_only = true",
@@ -172,6 +174,18 @@ class BlkModel(Model):
     writeback = True
     acked = 0
     _engine: BlkEngine | None = None
+
+    @classmethod
+    def scratch(cls, section: BlkSection, folder: Path) -> dict[str, Any]:
+        """A sparse image: of the size that is configured, else of the disk's own file, else 1 MiB."""
+        own, image = Path(section.path or ""), folder / "scratch.img"
+        try:
+            size = parse_size(section.size or (own.stat().st_size if own.is_file() else 0) or SCRATCH_BYTES)
+        except ValueError:
+            return {}  # the model says it with the key
+        with image.open("wb") as file:
+            file.truncate(size)
+        return {"backend": "file", "path": str(image), "size": size}
 
     def __init__(self, section: BlkSection, queue_size: int | None = None, max_sg: int = 1024) -> None:
         super().__init__(section, queue_size, max_sg)

@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -242,6 +243,11 @@ class ConsoleModel(Model):
     not_by_offer = {console.F_MULTIPORT: "set console.ports, or console.multiport = true"}
 
     section: ConsoleSection
+
+    @classmethod
+    def scratch(cls, section: ConsoleSection, folder: Path) -> dict[str, Any]:
+        """Memory behind port 0, and no other port at the start."""
+        return {"backend": "ring", "path": None, "port": []}
 
     def __init__(self, section: ConsoleSection, queue_size: int | None = None, max_sg: int = 1024) -> None:
         super().__init__(section, queue_size, max_sg)
