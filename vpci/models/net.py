@@ -14,7 +14,8 @@ import select
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -134,6 +135,12 @@ class NetModel(Model):
     not_by_offer = _NOT_BY_OFFER
 
     section: NetSection
+
+    @classmethod
+    def scratch(cls, section: NetSection, folder: Path) -> dict[str, Any]:
+        """No peer, and a capture of its own. A TAP stays one: what it offers depends on the interface."""
+        wire = {"backend": "null", "path": None, "peer": None} if section.backend in ("stream", "datagram") else {}
+        return {**wire, "capture": str(folder / "scratch.pcap")} if section.capture else wire
 
     def __init__(self, section: NetSection, queue_size: int | None = None, max_sg: int = 1024) -> None:
         super().__init__(section, queue_size, max_sg)

@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 
-from vpci.backends import parse_size
 from vpci.build import make_function
 from vpci.config import Config
 from vpci.models.base import Model
@@ -29,7 +28,6 @@ from vpci.virtio.device import Device
 
 Facts = dict[str, Any]
 CONFIG_BLOCK = "device configuration"
-SCRATCH_BYTES = 1 << 20
 
 #: Names of configuration space by offset: (name, bytes). [pci 6.1]
 CONFIG_NAMES: dict[int, tuple[str, int]] = {
@@ -73,29 +71,15 @@ _BIR = 7  # the low bits of MSI-X table and PBA name the BAR [pci 6.8.2]
 
 @contextmanager
 def function_of(config: Config) -> Iterator[tuple[Function, Device, Model]]:
-    """The configuration's function on a scratch image of the right size; the user's image stays closed."""
+    """The configuration's function on a scratch backend; what the user has behind it stays closed."""
     with tempfile.TemporaryDirectory(prefix="vpci-layout-") as folder:
-        made = make_function(_on_scratch(config, Path(folder) / "scratch.img"))
+        scratch = config.model_type.scratch(config.section, Path(folder))
+        section = msgspec.structs.replace(config.section, **scratch)
+        made = make_function(dataclasses.replace(config, section=section))
         try:
             yield made
         finally:
             made[2].close()
-
-
-def _on_scratch(config: Config, image: Path) -> Config:
-    """On a sparse file: of the size that the configuration wants, else of its own image, else 1 MiB."""
-    section = {key: getattr(config.section, key) for key in config.section.__struct_fields__}
-    if not {"backend", "path"} <= section.keys():
-        return config
-    own = Path(section["path"])
-    try:
-        size = parse_size(section.get("size") or (own.stat().st_size if own.is_file() else 0) or SCRATCH_BYTES)
-    except ValueError:
-        size = 0  # the model says it with the key
-    with image.open("wb") as file:
-        file.truncate(size)
-    scratch = msgspec.structs.replace(config.section, backend="file", path=str(image))
-    return dataclasses.replace(config, section=scratch)
 
 
 def facts(config: Config) -> Facts:
