@@ -11,6 +11,7 @@ import pytest
 
 from tests.net.rig import MAC, MRG, STATUS, WAIT_S, StreamEnd, frame
 from vpci import config
+from vpci._core import lib
 from vpci.build import make_function
 from vpci.driver import Buffer
 from vpci.errors import BackendError, ConfigError
@@ -353,3 +354,12 @@ def test_addresses_of_two_devices_differ_and_belong_to_one_station(tmp_path):
     macs = {made(tmp_path).mac for _ in range(8)}
     assert len(macs) == 8
     assert all(mac[:3] == MAC[:3] and not mac[0] & 1 for mac in macs)
+
+
+def test_the_printed_sample_and_the_file_in_configs_start_without_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample.toml").write_text(config.sample("net"))
+    for path in (tmp_path / "sample.toml", Path(__file__).parents[2] / "configs/net.toml"):
+        function, _, model = make_function(config.load(path))
+        assert (model.wire.kind, function.n_vectors) == (lib.VPCI_PORT_LOOP, 3)
+        model.close()

@@ -189,7 +189,8 @@ static bool look_at_rings(struct vpci_dev *dev)
         vpci_queue *q = dev->queues[i];
         if (!far_has(q))
             look_here(dev, q);
-        else if (pump_may_fetch(dev, q) || q->dirty || q->done)
+        /* Perhaps since this very look. */
+        if (far_has(q) && (pump_may_fetch(dev, q) || q->dirty || q->done))
             far_start(dev);
         note_ring_error(dev, q);
     }

@@ -184,6 +184,11 @@ class NetModel(Model):
         optional |= dict.fromkeys(net.OFFLOADS_OF_BACKEND, self.wire.has_vnet)
         return word_of([*_ALWAYS, *(bit for bit, offered in optional.items() if offered)])
 
+    @property
+    def n_vectors(self) -> int:
+        """Configuration and each data queue: drivers poll the control queue."""
+        return 1 + 2 * self.section.pairs
+
     def queues(self) -> list[QueueSpec]:
         pairs = range(self.section.pairs)
         data = [QueueSpec(f"{way}{index}", self.queue_size) for index in pairs for way in ("rx", "tx")]
