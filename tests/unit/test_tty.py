@@ -320,6 +320,8 @@ class Terminal:
     def __init__(self) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # a run in the background ignores them
+                signal.signal(number, signal.SIG_DFL)
             os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
             os.execv(sys.executable, [sys.executable, "-c", _PROGRAM])
         self._slave = os.open(
