@@ -97,7 +97,7 @@ OPEN = "import sys; from vpci.backends.disk import FileDisk; FileDisk(sys.argv[1
 
 
 def in_another_process(image: str, mode: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", OPEN, image, mode]
+    command = [sys.executable, "-P", "-c", OPEN, image, mode]
     return subprocess.run(
         command,
         capture_output=True,

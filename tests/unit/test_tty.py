@@ -320,8 +320,10 @@ class Terminal:
     def __init__(self) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # a run in the background ignores them
+                signal.signal(number, signal.SIG_DFL)
             os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-            os.execv(sys.executable, [sys.executable, "-c", _PROGRAM])
+            os.execv(sys.executable, [sys.executable, "-P", "-c", _PROGRAM])
         self._slave = os.open(
             os.ptsname(self.fd) if hasattr(os, "ptsname") else _slave(self.fd), os.O_RDWR | os.O_NOCTTY
         )
@@ -423,7 +425,7 @@ def test_after_a_stop_the_terminal_is_raw_again(terminal):
 
 def test_pipes_do_instead_of_a_terminal():
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
+        [sys.executable, "-P", "-c", _PROGRAM],
         input=b"q",
         capture_output=True,
         timeout=DEADLINE_S,

@@ -17,7 +17,7 @@ MODULE = Path(vpci.__file__).parent / "pyvfio_user.py"
 
 def test_without_the_binding_the_import_says_how_to_get_it():
     code = "import sys; sys.modules['vpci._vfu'] = None; import vpci.pyvfio_user"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     said = done.stderr.splitlines()[-1]
     assert said.startswith("ImportError: vpci._vfu is not here")
