@@ -114,12 +114,18 @@ class Attack:
 
     # -- the driver ---------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        """A client with prepared memory and a running device."""
         with contextlib.closing(self.memory), self.bench.client(self.target) as self.client:
             self.raw = Raw(self.client)
             self._prepare()
             self.memory.attach(self.client)
             self._start()
+            yield
+
+    def run(self) -> None:
+        with self.started():
             for _ in range(self.names["last"]):
                 self._warm_up()
             self._offer()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.doubles import Raw
 from tests.hostile.attack import KEYS, PAGE, Attack
 from tests.hostile.bench import WAIT_S, Bench, Probe, settle
 from tests.hostile.cases import Case, evaluate, ids, load
@@ -28,11 +26,7 @@ class Flood(Attack):
     """The attack's driver, in a hurry."""
 
     def run(self) -> None:
-        with contextlib.closing(self.memory), self.bench.client(self.target) as self.client:
-            self.raw = Raw(self.client)
-            self._prepare()
-            self.memory.attach(self.client)
-            self._start()
+        with self.started():
             self.before, self.errors = self._snapshot(), self._state()["ring_errors"]
             _DOERS[self.case.fields["do"]](self)
             self._check_other_queue()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.doubles import Raw
 from tests.hostile.attack import KEYS, PAGE, Attack
 from tests.hostile.bench import Bench, Probe, settle
 from tests.hostile.cases import Case, evaluate, ids, load
@@ -25,11 +23,7 @@ class Race(Attack):
     """The attack's driver, with a second CPU."""
 
     def run(self) -> None:
-        with contextlib.closing(self.memory), self.bench.client(self.target) as self.client:
-            self.raw = Raw(self.client)
-            self._prepare()
-            self.memory.attach(self.client)
-            self._start()
+        with self.started():
             self.heads = [0] * self.size
             self._offer()
             before, looked_at = self._snapshot(), self._looked_at()

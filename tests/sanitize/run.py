@@ -26,7 +26,7 @@ OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "halt_on_error=1:abort_on_error=1:print_stacktrace=1",
 }
-FOLDERS = ("unit", "ring", "models", "wire", "order", "disk", "net", "hostile", "guest")
+FOLDERS = ("unit", "ring", "models", "wire", "order", "disk", "net", "hostile", "testing", "check", "guest")
 
 
 def library(name: str) -> str:

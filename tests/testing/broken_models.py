@@ -179,13 +179,17 @@ class Twice(Sound):
         super().work([chain for chain in chains if chain.writable == 513])
 
 
-class FirstOnly(Sound):
-    """One of a batch."""
+class LosesTheLast(Sound):
+    """The request that makes a ring full, however the requests come in batches."""
 
     loses = True
+    seen = 0
 
     def work(self, chains: Sequence[Chain]) -> None:
-        super().work(chains[:1])
+        for chain in chains:
+            self.seen += 1
+            if self.seen % self.queue_size:
+                super().work([chain])
 
 
 class Shrinks(Sound):
@@ -244,7 +248,7 @@ BROKEN: dict[str, tuple[type[Sound], ...]] = {
     "close_gives_everything_back": (KeepsItsFile,),
     "it_can_be_served": (OddEngine,),
     "any_request_comes_back": (Strict, Forgets, Twice),
-    "a_full_ring_comes_back": (FirstOnly,),
+    "a_full_ring_comes_back": (LosesTheLast,),
     "its_configuration_can_be_read_while_it_serves": (Shrinks,),
     "a_reset_with_work_in_flight_ends_and_it_works_again": (DiesOfReset, HangsInReset),
     "it_stops_and_loses_nothing": (LosesData,),

@@ -19,16 +19,12 @@ BUILT_IN = {
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Disk(Protocol):
-    """What a backend's author has to write, where there is an fd that preadv2 and pwritev2 take."""
-
-    @property
-    def fd(self) -> int:
-        """It stays what it is until close()."""
+class AnyDisk(Protocol):
+    """What every open disk has."""
 
     @property
     def size_bytes(self) -> int:
-        """A multiple of 512."""
+        """A multiple of 512, and of `align` if it has one."""
 
     @property
     def read_only(self) -> bool:
@@ -42,10 +38,18 @@ class Disk(Protocol):
         """Make what was written durable. BackendError if that fails."""
 
     def close(self) -> None:
-        """Give the fd and every lock back."""
+        """Give everything back, descriptors and locks included."""
 
 
-class WholeDisk(Protocol):
+class Disk(AnyDisk, Protocol):
+    """What a backend's author has to write, where there is an fd that preadv2 and pwritev2 take."""
+
+    @property
+    def fd(self) -> int:
+        """It stays what it is until close()."""
+
+
+class WholeDisk(AnyDisk, Protocol):
     """An open disk, whole: a table of operations (csrc/api/disk.h) with its state, which the block engine calls.
 
     `ops` and `state` are cffi pointers that live until close(). `align` (a power of two) is what offsets, lengths and
@@ -70,21 +74,6 @@ class WholeDisk(Protocol):
     def can_discard(self) -> bool:
         """Whether a discard is more than nothing."""
 
-    @property
-    def size_bytes(self) -> int:
-        """A multiple of 512 and of `align`."""
-
-    @property
-    def read_only(self) -> bool:
-        """Whether it was opened for reading only."""
-
-    @property
-    def sectors(self) -> int:
-        """Size in sectors of 512 bytes."""
-
-    def flush(self) -> None:
-        """Make what was written durable. BackendError if that fails."""
-
     def resize(self, size_bytes: int) -> None:
         """Become that large; no operation is under way. BackendError if that cannot be: then nothing changed."""
 
@@ -96,9 +85,6 @@ class WholeDisk(Protocol):
 
         BackendError if that cannot be; the disk may then fail every operation, until another reopen() works.
         """
-
-    def close(self) -> None:
-        """Give everything back."""
 
 
 OpenDisk = Callable[..., "WholeDisk | Disk"]

@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 from collections.abc import Sequence
-from typing import Any
 
 from vpci import config as configuration
 from vpci.build import make_function
@@ -20,13 +19,11 @@ from vpci.vfu.server import Server
 #: Of the events on stdout: it grows when one changes its meaning or goes, not when one comes.
 EVENTS_VERSION = 1
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-TELL_SIGNAL = signal.SIGUSR1
-SIGNALS = STOP_SIGNALS | {TELL_SIGNAL}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; SIGUSR1 tells the state. 0 when all work was finished and flushed."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # before any thread is made: all inherit it
+    """Serve until SIGINT or SIGTERM. 0 when all work was finished and flushed."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread is made: all inherit it
     out = Output(args.json)
     configs = configuration.load_all(args.config, sets_of(args))
     check_terminal(configs, "--json" if args.json else "")
@@ -43,9 +40,7 @@ def run(args: argparse.Namespace) -> int:
         for server in servers:
             server.stop()
         raise
-    while (number := signal.sigwait(SIGNALS)) == TELL_SIGNAL:
-        for server in servers:
-            _tell(server, out)
+    number = signal.sigwait(STOP_SIGNALS)
     return max([stop(server, out, signal.Signals(number).name) for server in servers])
 
 
@@ -62,17 +57,6 @@ def _listen(server: Server, config: Config, out: Output) -> None:
         dialect=config.device.dialect,
         pid=os.getpid(),
     )
-
-
-def _tell(server: Server, out: Output) -> None:
-    state = server.state()
-    out.event("state", _summary(state), state=state, socket=str(server.path))
-
-
-def _summary(state: dict[str, Any]) -> str:
-    """A state in a line: what the driver said of itself, and the requests that each queue has given back."""
-    used = (f"{queue['name']} {ring['used']}" for queue, ring in zip(state["queues"], state["rings"], strict=True))
-    return f"device_status {' '.join(state['status']) or 0}; requests done: {', '.join(used)}"
 
 
 def sets_of(args: argparse.Namespace) -> list[str]:

@@ -6,14 +6,6 @@
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
-static uint32_t peer_pid(int fd)
-{
-    struct ucred cred = {0};
-    socklen_t len = sizeof(cred);
-    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len);
-    return (uint32_t)cred.pid;
-}
-
 static bool has_hung_up(int fd)
 {
     struct pollfd p = {.fd = fd};
@@ -31,14 +23,14 @@ static void accept_client(struct vpci_dev *dev)
     if (fd < 0)
         return;
     if (dev->conn.fd >= 0) {
-        pump_turned_away(dev, peer_pid(fd));
+        pump_turned_away(dev, fd);
         close(fd);
         return;
     }
     conn_open(&dev->conn, fd);
     pump_watch_for(dev, fd, EPOLLIN);
     dev->conn.armed = EPOLLIN;
-    pump_connected(dev, peer_pid(fd));
+    pump_connected(dev, fd);
 }
 
 static void lose_stream(struct vpci_dev *dev, uint64_t why, uint64_t detail)

@@ -6,6 +6,7 @@
 
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <time.h>
 
 enum { MAX_CHAINS_A_LOOK = 64, MAX_BYTES_A_LOOK = 1 << 20, MAX_NS_A_LOOK = 200000, MAX_EVENTS = 8 };
@@ -445,17 +446,26 @@ static void watch_the_clock(struct vpci_dev *dev)
 
 /* ---- clients, as the front tells of them ---- */
 
-void pump_connected(struct vpci_dev *dev, uint32_t pid)
+static uint32_t peer_pid(int fd)
 {
+    struct ucred cred = {0};
+    socklen_t len = sizeof(cred);
+    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len);
+    return (uint32_t)cred.pid;
+}
+
+void pump_connected(struct vpci_dev *dev, int fd)
+{
+    uint32_t pid = peer_pid(fd);
     dev->stats.clients++;
     dev->stats.client_pid = pid;
     pump_note(dev, (vpci_event){.note = VPCI_NOTE_CLIENT, .a = pid});
 }
 
-void pump_turned_away(struct vpci_dev *dev, uint32_t pid)
+void pump_turned_away(struct vpci_dev *dev, int fd)
 {
     dev->stats.refused_clients++;
-    pump_note(dev, (vpci_event){.note = VPCI_NOTE_REFUSED, .a = pid, .b = dev->stats.client_pid});
+    pump_note(dev, (vpci_event){.note = VPCI_NOTE_REFUSED, .a = peer_pid(fd), .b = dev->stats.client_pid});
 }
 
 static void drop_all_work(struct vpci_dev *dev)

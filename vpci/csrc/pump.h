@@ -235,8 +235,9 @@ void *pump_run(void *dev);
 int pump_watch(struct vpci_dev *dev, int fd);
 /* Ask for these epoll events of an fd; 0: only for its hang-up. */
 void pump_watch_for(struct vpci_dev *dev, int fd, uint32_t events);
-void pump_connected(struct vpci_dev *dev, uint32_t pid);
-void pump_turned_away(struct vpci_dev *dev, uint32_t pid);
+/* A client has the connected socket `fd`, or was refused on it. */
+void pump_connected(struct vpci_dev *dev, int fd);
+void pump_turned_away(struct vpci_dev *dev, int fd);
 void pump_begin_closing(struct vpci_dev *dev);
 /* Bring the work that dev->unmap would wait for to its end, or drop all work. Returns whether it has ended; else the
  * operation begins that waits for it. */

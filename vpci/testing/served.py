@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from vpci.errors import VpciError
+from vpci.ctl import SUFFIX, ask
+from vpci.errors import BackendError, VpciError
 from vpci.vfu.client import Client
 
 START_S = 20
 WAIT_S = 10
-SOCKET_PATH_BYTES = 107  # [unix(7)]: 108 with the NUL
+SOCKET_PATH_BYTES = 107 - len(SUFFIX)  # [unix(7)]: 108 with the NUL; the control socket's path is longer
 _TAIL_LINES = 40
 
 Event = dict[str, Any]
@@ -118,13 +119,10 @@ class Served:
         """
         if not self.is_running:
             return self._last_state()
-        known = len(self.events)
-        self.process.send_signal(signal.SIGUSR1)
-        deadline = time.monotonic() + WAIT_S
-        while (state := self._told_state(known)) is None:
-            if not self._read(deadline - time.monotonic()):
-                self._nothing_more("no event 'state'")
-        return state
+        try:
+            return dict(ask(str(self.path), "state", timeout=WAIT_S))
+        except BackendError as error:
+            raise ServedError(f"state: {error}; {self._log_text()}") from error
 
     @property
     def is_running(self) -> bool:
@@ -195,22 +193,21 @@ class Served:
         while self._read(deadline - time.monotonic()):
             pass
 
+    def _log_text(self) -> str:
+        return f"the server's log:\n{self.log.read_text(errors='replace')}"
+
     def _nothing_more(self, what: str) -> None:
-        log = f"the server's log:\n{self.log.read_text(errors='replace')}"
+        log = self._log_text()
         if self._at_end:
             raise ServedEnded(f"{what}: the server ended with {self.process.wait(WAIT_S)}; {log}")
         raise ServedSilent(f"{what} in time; {log}")
 
-    def _told_state(self, since: int) -> dict[str, Any] | None:
-        """The state in the last of the events from number `since` on that has one."""
-        states: list[dict[str, Any]] = [event["state"] for event in self._events[since:] if "state" in event]
-        return states[-1] if states else None
-
     def _last_state(self) -> dict[str, Any]:
         self._read_to_the_end(WAIT_S)
-        state = self._told_state(0) if self.events[-1]["event"] == "stopped" else None
-        if state is None:
+        last = self.events[-1]
+        if last["event"] != "stopped":
             raise ServedError(f"state: the server ended with {self.status} and told none")
+        state: dict[str, Any] = last["state"]
         return state
 
 

@@ -33,8 +33,8 @@ typedef struct vpci_core {
     /* Nothing is under way that the next message would have to wait for. */
     int (*may_execute)(vpci_dev *dev);
     /* A client came; another one came and was sent away; the client is gone, and its life is to end. */
-    void (*connected)(vpci_dev *dev, uint32_t pid);
-    void (*turned_away)(vpci_dev *dev, uint32_t pid);
+    void (*connected)(vpci_dev *dev, int fd);
+    void (*turned_away)(vpci_dev *dev, int fd);
     void (*disconnected)(vpci_dev *dev);
     /* A message was refused, and why. From any thread. */
     void (*refused)(vpci_dev *dev, uint32_t command, const char *why);

@@ -303,14 +303,6 @@ static void begin_attach(struct vpci_transport *t)
         t->attach = ATTACH_IDLE;
 }
 
-static uint32_t peer_pid(int fd)
-{
-    struct ucred cred = {0};
-    socklen_t len = sizeof(cred);
-    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len);
-    return (uint32_t)cred.pid;
-}
-
 static void finish_attach(struct vpci_transport *t)
 {
     if (__atomic_load_n(&t->attach, __ATOMIC_SEQ_CST) != ATTACH_ENDED)
@@ -324,7 +316,7 @@ static void finish_attach(struct vpci_transport *t)
     t->dropped = false;
     fcntl(t->conn_fd, F_SETFD, FD_CLOEXEC);
     t->core->watch(t->dev, t->conn_fd, EPOLLIN | EPOLLOUT | EPOLLET);
-    t->core->connected(t->dev, peer_pid(t->conn_fd));
+    t->core->connected(t->dev, t->conn_fd);
 }
 
 /* A client that says nothing holds the thread; again, until it has ended, for it may be about to accept. */
@@ -342,7 +334,7 @@ static void turn_away(struct vpci_transport *t)
     int fd = has(t->conn_fd, POLLHUP) ? -1 : accept4(t->listen_fd, NULL, NULL, SOCK_CLOEXEC);
     if (fd < 0)
         return;
-    t->core->turned_away(t->dev, peer_pid(fd));
+    t->core->turned_away(t->dev, fd);
     close(fd);
 }
 
