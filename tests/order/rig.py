@@ -26,7 +26,9 @@ from vpci.vfu.server import Server
 BAR0, CONFIG = 0, 7
 INTX, MSIX = 0, 2
 WAIT_S = 10
-QUIET_S = 0.06 * (5 if "VPCI_INSIDE_SANITIZE" in os.environ else 1)  # how long "nothing comes" is watched: the pump needs some 50 us for what a fault lets through
+QUIET_S = 0.06 * (
+    5 if "VPCI_INSIDE_SANITIZE" in os.environ else 1
+)  # how long "nothing comes" is watched: the pump needs some 50 us for what a fault lets through
 MIB = 1 << 20
 RINGS = Range(0x10_0000, MIB, 0)
 OTHER = Range(0x40_0000, MIB, MIB)

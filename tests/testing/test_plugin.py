@@ -37,7 +37,9 @@ def passed(result: pytest.RunResult, n: int) -> None:
 
 def test_importing_it_imports_nothing_that_a_project_without_devices_would_pay_for():
     code = "import sys, pytest; was = set(sys.modules); import vpci.testing.plugin; print(*(set(sys.modules) - was))"
-    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
     assert sorted(done.stdout.split()) == ["vpci", "vpci.testing", "vpci.testing.plugin"]
 
 

@@ -222,10 +222,8 @@ def test_the_sample_mentions_every_key_with_a_comment():
     keys = [
         line
         for line in lines
-        if (" = " in line
-        and not line.startswith("# "))
-        or (line.startswith("# ")
-        and line[2:].split(" = ")[0].isidentifier())
+        if (" = " in line and not line.startswith("# "))
+        or (line.startswith("# ") and line[2:].split(" = ")[0].isidentifier())
     ]
     assert len(keys) >= 4 + 3 + 4 + 2 + 2 + 1 + 6
     for line in keys:

@@ -28,6 +28,9 @@ def test_every_reason_for_a_refusal_has_its_words():
 
 @pytest.mark.parametrize("why", sorted(notes._MESSAGE_FAULTS))
 def test_a_refusal_can_be_told(why):
-    note = ffi.new("vpci_event *", {"note": lib.VPCI_NOTE_MESSAGE, "command": lib.VFU_DMA_MAP, "a": 22, "b": why, "c": 4096, "pid": 1})
+    note = ffi.new(
+        "vpci_event *",
+        {"note": lib.VPCI_NOTE_MESSAGE, "command": lib.VFU_DMA_MAP, "a": 22, "b": why, "c": 4096, "pid": 1},
+    )
     assert notes.report_of(note).event == "refused"
     assert "EINVAL" in notes.report_of(note).text

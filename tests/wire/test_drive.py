@@ -265,7 +265,19 @@ def test_a_pcap_file_of_the_other_byte_order_is_read():
 
 @pytest.mark.parametrize("port", [0, 1])
 def test_words_go_to_a_port_and_its_answer_to_stdout(console, port):
-    command = [sys.executable, "-P", "-m", "vpci", "drive", str(console.path), "talk", "--port", str(port), "--quiet", "0.2"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "vpci",
+        "drive",
+        str(console.path),
+        "talk",
+        "--port",
+        str(port),
+        "--quiet",
+        "0.2",
+    ]
     done = subprocess.run(command, input=b"hello\n", capture_output=True, env=environment(), timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"HELLO\n", b"")
 

@@ -16,7 +16,6 @@ def test_a_command_that_is_not_served_is_refused(client, command, payload):
     assert refused(client, command, payload) > 0
 
 
-
 @pytest.mark.parametrize("size", [0, 1, 15, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_a_size_that_cannot_be_ends_the_connection(disk_server, size):
     with disk_server.client() as client:
