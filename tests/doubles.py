@@ -97,8 +97,14 @@ def refused(client: Client, command: int, payload: bytes = b"", fds: Sequence[in
 
 
 def open_fds(pid: int) -> int:
-    """How many descriptors a process has."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    """How many descriptors a process keeps: not what it reads at once and closes (its client's name, for the log)."""
+    kept = 0
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            kept += not os.readlink(f"/proc/{pid}/fd/{fd}").startswith("/proc/")
+        except FileNotFoundError:
+            continue
+    return kept
 
 
 def settle(client: Client) -> None:
