@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tests.disk.backends import DURABLE, Call, PythonDisk
-from tests.disk.rig import WAIT_S, DiskRig
+from tests.disk.rig import DiskRig
+from tests.reports import WAIT_S
 
 OUT, FLUSH, ZEROES = 1, 4, 13
 SECTORS = 48

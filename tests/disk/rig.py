@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
+from tests.reports import Reports
 from vpci import config
 from vpci.build import make_function
 from vpci.driver import BlkDriver, Device, Memory
 from vpci.vfu.client import Client
-from vpci.vfu.notes import Report
 from vpci.vfu.server import Server
 
-WAIT_S = 10
 PYTHON = "tests.disk.backends:PythonDisk"
 FLUSH, CONFIG_WCE = 1 << 9, 1 << 11
 CONFIG = '[device]\nmodel = "blk"\n'
 
 
-class DiskRig:
+class DiskRig(Reports):
     """`sets` are --set options; without blk.backend among them the backend is PythonDisk, of 1 MiB."""
 
     def __init__(
@@ -31,11 +29,10 @@ class DiskRig:
         defaults = [f'blk.backend="{PYTHON}"', "blk.size=1M"]
         loaded = config.load(path, [*defaults, *sets])
         self.function, self.registers, self.model = make_function(loaded)
-        self.reports: list[Report] = []
-        self._told = threading.Condition()
+        super().__init__()
         self.lost: str | None = None
         self.closed = False
-        self.server = Server(self.function, self.registers, self.model, str(folder / "disk.sock"), self._report)
+        self.server = Server(self.function, self.registers, self.model, str(folder / "disk.sock"), self.keep)
         self.server.start()
         self.memory = Memory(8 << 20)
         self.client = Client(self.server.path)
@@ -68,17 +65,3 @@ class DiskRig:
         self.client.close()
         self.stop()
         self.memory.close()
-
-    def _report(self, report: Report) -> None:
-        with self._told:
-            self.reports.append(report)
-            self._told.notify_all()
-
-    def events(self, name: str) -> list[Report]:
-        return [report for report in self.reports if report.event == name]
-
-    def wait_event(self, name: str, n: int = 1) -> Report:
-        """The n-th report of this name."""
-        with self._told:
-            assert self._told.wait_for(lambda: len(self.events(name)) >= n, WAIT_S), f"no {name}: {self.reports}"
-            return self.events(name)[n - 1]

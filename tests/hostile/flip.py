@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import mmap
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cffi
-
-import cffi_build
+from tests.compiled import compiled
 from vpci.driver import Memory
 
 HERE = Path(__file__).parent
 MIN_WORDS = 1000
-
-
-@functools.cache
-def extension() -> Any:
-    folder = tempfile.mkdtemp(prefix="vpci-flip-")
-    try:
-        ffi = cffi.FFI()
-        ffi.cdef((HERE / "flip.h").read_text())
-        ffi.set_source(
-            "vpci_test_flip",
-            '#include <stdint.h>\n#include "flip.h"\n',
-            sources=[str(HERE / "flip.c")],
-            include_dirs=[str(HERE), *cffi_build.python_headers()],
-            extra_compile_args=["-std=gnu11", "-Wall", "-pthread"],
-        )
-        spec = importlib.util.spec_from_file_location("vpci_test_flip", ffi.compile(folder))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        shutil.rmtree(folder)
 
 
 def offset_of(memory: Memory, gpa: int) -> int:
@@ -51,7 +22,7 @@ def offset_of(memory: Memory, gpa: int) -> int:
 
 @contextlib.contextmanager
 def _running(memory: Memory, start: Any) -> Iterator[None]:
-    module = extension()
+    module = compiled(HERE / "flip.c")
     with mmap.mmap(memory.fd, memory.size) as mapped:
         view = module.ffi.from_buffer(mapped)
         thread = start(module, module.ffi.cast("uint8_t *", view))

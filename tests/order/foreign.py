@@ -5,17 +5,11 @@ It links to nothing of vpci; the pump's functions reach it through the vpci_host
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import cffi
-
-import cffi_build
 import vpci
+from tests.compiled import compiled
 from vpci._core import ffi as core_ffi
 
 HERE = Path(__file__).parent
@@ -23,35 +17,11 @@ HEADERS = Path(vpci.__file__).parent / "csrc" / "api"
 WAIT_S = 10
 
 
-@functools.cache
-def extension() -> Any:
-    """The compiled module; made once a run, its folder is gone as soon as it is loaded."""
-    folder = tempfile.mkdtemp(prefix="vpci-gate-")
-    try:
-        ffi = cffi.FFI()
-        ffi.cdef((HERE / "gate.h").read_text())
-        ffi.set_source(
-            "vpci_test_gate",
-            '#include <stdint.h>\n#include "gate.h"\n',
-            sources=[str(HERE / "gate.c")],
-            include_dirs=[str(HERE), str(HEADERS), *cffi_build.python_headers()],
-            extra_compile_args=["-std=gnu11", "-Wall", "-pthread"],
-        )
-        spec = importlib.util.spec_from_file_location("vpci_test_gate", ffi.compile(folder))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        shutil.rmtree(folder)
-
-
 class ForeignEngine:
     """What models.engine.Engine asks for, and the test's side of the gate."""
 
     def __init__(self) -> None:
-        module = extension()
+        module = compiled(HERE / "gate.c", HEADERS)
         self._ffi, self._lib = module.ffi, module.lib
         self._gate = self._lib.gate_new()
         self.closed = False

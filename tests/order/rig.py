@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.order.gated import FILL, Gated
+from tests.reports import WAIT_S, Reports
 from vpci import config
 from vpci._core import lib
 from vpci.build import make_function
@@ -20,15 +21,12 @@ from vpci.driver import Buffer, Device, Memory, Range, Virtqueue
 from vpci.vfu import server as server_module
 from vpci.vfu import wire
 from vpci.vfu.client import Client
-from vpci.vfu.notes import Report
 from vpci.vfu.server import Server
 
 BAR0, CONFIG = 0, 7
 INTX, MSIX = 0, 2
-WAIT_S = 10
-QUIET_S = 0.06 * (
-    5 if "VPCI_INSIDE_SANITIZE" in os.environ else 1
-)  # how long "nothing comes" is watched: the pump needs some 50 us for what a fault lets through
+# how long "nothing comes" is watched: the pump needs some 50 us for what a fault lets through
+QUIET_S = 0.3 if "VPCI_INSIDE_SANITIZE" in os.environ else 0.06
 MIB = 1 << 20
 RINGS = Range(0x10_0000, MIB, 0)
 OTHER = Range(0x40_0000, MIB, MIB)
@@ -42,7 +40,7 @@ queues = {queues}
 """
 
 
-class Rig:
+class Rig(Reports):
     """`RINGS` holds the rings and most buffers, `OTHER` is a second mapping for buffers alone."""
 
     def __init__(
@@ -57,10 +55,9 @@ class Rig:
         made_from = folder / "gated.toml"
         made_from.write_text(CONFIG_TEXT.format(model=model, queues=queues).replace("[gated]", f"[{_section(model)}]"))
         self.function, self.registers, self.model = self._made(made_from, sets)
-        self.reports: list[Report] = []
-        self._told = threading.Condition()
+        super().__init__()
         path = str(folder / "order.sock")
-        self.server = Server(self.function, self.registers, self.model, path, self._report, transport)
+        self.server = Server(self.function, self.registers, self.model, path, self.keep, transport)
         self.server.start()
         self.memory = Memory(ranges=[RINGS, OTHER])
         self._clients: list[Client] = []
@@ -172,21 +169,6 @@ class Rig:
         assert not self.client.wait(self.client.socket.fileno(), QUIET_S), "answered, although work is in flight"
 
     # -- the server's side ----------------------------------------------------------------------------------------
-
-    def _report(self, report: Report) -> None:
-        with self._told:
-            self.reports.append(report)
-            self._told.notify_all()
-
-    def events(self, name: str) -> list[Report]:
-        return [report for report in self.reports if report.event == name]
-
-    def wait_event(self, name: str, n: int = 1, timeout: float = WAIT_S) -> Report:
-        """The `n`-th report of this name."""
-        with self._told:
-            told = self._told.wait_for(lambda: len(self.events(name)) >= n, timeout)
-            assert told, f"no {name} among {[report.event for report in self.reports]}"
-            return self.events(name)[n - 1]
 
     def stop(self) -> None:
         """Begin what a signal begins."""

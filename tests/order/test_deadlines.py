@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from tests.order.rig import BLANK, OTHER, WAIT_S
+from tests.order.rig import BLANK, OTHER
+from tests.reports import WAIT_S
 from vpci._core import lib
 from vpci.driver import SplitRing
 from vpci.vfu.client import Client, ServerGone

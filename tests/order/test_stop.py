@@ -8,7 +8,8 @@ import signal
 import pytest
 
 from tests.doubles import Served, serving
-from tests.order.rig import FILLED, OTHER, WAIT_S
+from tests.order.rig import FILLED, OTHER
+from tests.reports import WAIT_S
 from vpci._core import lib
 from vpci.driver import Buffer, Device, Memory
 from vpci.vfu.client import ServerGone
