@@ -18,8 +18,8 @@ from typing import Any
 
 from vpci.errors import BackendError, ConfigError, VpciError
 from vpci.models.base import Operation
+from vpci.sockets import listen
 from vpci.vfu.server import Server
-from vpci.vfu.transport import listen
 
 log = logging.getLogger(__name__)
 

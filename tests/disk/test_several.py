@@ -86,7 +86,7 @@ def test_three_disks_are_served_at_the_same_time_and_each_keeps_its_bytes(tmp_pa
     ("more", "words"),
     [
         (["--set", "blk.path=same.img"], ["same.img", "in use"]),
-        (["--set", "device.socket=same.sock"], ["same.sock", "live server"]),
+        (["--set", "device.socket=same.sock"], ["same.sock", "somebody listens there"]),
         (["--socket", "one.sock"], ["one CONFIG only"]),
     ],
 )

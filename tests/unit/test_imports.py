@@ -17,7 +17,8 @@ MAY = {
     "effects": set(),
     "regs": BASE,
     "plugins": BASE,
-    "backends": BASE | {"plugins", "_core", "guest"},  # guest: the cache that libnbd is brought into
+    "sockets": BASE,
+    "backends": BASE | {"plugins", "sockets", "_core", "guest"},  # guest: the cache that libnbd is brought into
     "models": BASE | {"plugins", "backends", "_core"},
     "virtio": BASE | {"regs", "models"},
     "pci": BASE,

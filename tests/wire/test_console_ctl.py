@@ -72,7 +72,7 @@ def test_kept_output_is_shown_as_it_is(multi, capsys):
         (["port-remove", "x"], "a number"),
         (["port-add", "n", "nope", "-"], "pty, socket, file, stdio, ring"),
         (["port-add", "a\0b", "ring", "-"], "control character"),
-        (["port-add", "n", "socket", "/no/such/folder/s"], "cannot listen on the socket"),
+        (["port-add", "n", "socket", "/no/such/folder/s"], "cannot make the socket"),
         (["resize", "0", "24"], "a number from 1 to 65535"),
         (["resize", "80", "65536"], "a number from 1 to 65535"),
         (["port-resize", "9", "80", "24"], "a port that is there"),

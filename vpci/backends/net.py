@@ -6,16 +6,14 @@ moves frames on and closes. It waits for nothing: its thread is the model's, whi
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
-import stat
 from collections.abc import Callable
 from typing import Protocol
 
 from vpci._core import lib
-from vpci.errors import BackendError
+from vpci.sockets import bound, give_back, listen
 
 #: A peer that is not there is looked for again after so long, in seconds.
 RETRY_S = 1.0
@@ -95,7 +93,7 @@ class DatagramWire(NullWire):
     def close(self) -> None:
         if self._socket:
             self._socket.close()
-        os.unlink(self.path)
+        give_back(self.path)
 
 
 class StreamWire(NullWire):
@@ -108,8 +106,7 @@ class StreamWire(NullWire):
         self.path = os.path.abspath(path) if path else ""
         self._listener: socket.socket | None = None
         if path:
-            self._listener = bound(self.path, socket.SOCK_STREAM)
-            self._listener.listen(1)
+            self._listener = listen(self.path)
         self.refused = 0
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:
@@ -144,34 +141,4 @@ class StreamWire(NullWire):
     def close(self) -> None:
         if self._listener:
             self._listener.close()
-            os.unlink(self.path)
-
-
-def bound(path: str, kind: int) -> socket.socket:
-    """A non-blocking socket of mode 0600 at `path`. A stale socket is replaced, a live one or any other file is not."""
-    made = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        _remove_stale(path, kind)
-        before = os.umask(0o177)
-        try:
-            made.bind(path)
-        finally:
-            os.umask(before)
-    except OSError as error:
-        made.close()
-        raise BackendError(path, error.errno or 0, f"cannot make the socket ({error.strerror or error})") from error
-    except BaseException:
-        made.close()
-        raise
-    return made
-
-
-def _remove_stale(path: str, kind: int) -> None:
-    if not os.path.lexists(path):
-        return
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise BackendError(path, errno.EEXIST, "there is something that is no socket; remove it, or use another path")
-    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
-        if probe.connect_ex(path) != errno.ECONNREFUSED:
-            raise BackendError(path, errno.EADDRINUSE, "something live has that socket; stop it, or use another path")
-    os.unlink(path)
+            give_back(self.path)

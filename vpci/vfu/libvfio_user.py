@@ -12,7 +12,7 @@ from typing import Any
 from vpci import _core
 from vpci._vfu import ffi, lib
 from vpci.pci.function import REGION_BAR0, Function
-from vpci.vfu.transport import give_back, path_to_take
+from vpci.sockets import give_back, path_to_take
 
 
 class LibvfioUserTransport:

@@ -11,16 +11,14 @@ import logging
 import os
 import select
 import socket
-import stat
 import struct
 from collections.abc import Mapping
 
 from vpci.backends.tty.line import Line, reason
-from vpci.errors import BackendError
+from vpci.sockets import give_back, listen
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 4
 RETRY_S = 1.0
 _LEFT_AGAIN = (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR)
 _UCRED = struct.Struct("3i")
@@ -32,7 +30,7 @@ class SocketLine(Line):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = os.path.abspath(path)
-        self.listener = _listen(self.path)
+        self.listener = listen(self.path)
         self.client: socket.socket | None = None
         self.refused = 0
 
@@ -85,8 +83,7 @@ class SocketLine(Line):
     def close(self) -> None:
         self.hang_up()
         self.listener.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        give_back(self.path)
 
 
 def _has_hung_up(client: socket.socket) -> bool:
@@ -97,34 +94,3 @@ def _has_hung_up(client: socket.socket) -> bool:
 
 def _pid(client: socket.socket) -> int:
     return int(_UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
-
-
-def _listen(path: str) -> socket.socket:
-    """A stale socket is replaced, a live one or any other file is not."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        _remove_stale(path)
-        before = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(before)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise BackendError(path, error.errno or 0, f"cannot listen on the socket ({reason(error)})") from error
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    if not os.path.lexists(path):
-        return
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise BackendError(path, errno.EEXIST, "there is something that is no socket; remove it, or use another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(path) == 0:
-            raise BackendError(path, errno.EADDRINUSE, "somebody listens there; stop it, or use another path")
-    os.unlink(path)
