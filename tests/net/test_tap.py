@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import socket
 import struct
@@ -17,8 +18,9 @@ from vpci.errors import BackendError
 
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
-GUEST_TSO4, HOST_TSO4 = 1 << 7, 1 << 11
-NEEDS_CSUM, TCPV4 = 1, 1
+GSO, GUEST_TSO4, GUEST_ECN, HOST_TSO4 = 1 << 6, 1 << 7, 1 << 9, 1 << 11
+NEEDS_CSUM, TCPV4, ECN = 1, 1, 0x80
+SIOCETHTOOL, ETHTOOL_GTSO = 0x8946, 0x1E
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -183,6 +185,37 @@ def test_a_segment_that_the_driver_leaves_to_us_reaches_the_host_whole(make_net,
     rig.driver.send(segment, header(NEEDS_CSUM, TCPV4, 1400, 34, 16))
     assert end.receive() == segment
     assert rig.stats()["tx_errors"] == rig.stats()["checksums"] == 0
+
+
+def test_the_old_bit_gso_alone_stands_for_segments_of_every_type(make_net, host):
+    """Linux turns on TSO for it whatever else is offered."""
+    rig = make_net("net.backend=tap", "net.tap=t0", features=CSUM | GSO)
+    end = host.up()
+    segment = frame(b"\xff" * 6, size=14, kind=b"\x08\x00") + ipv4(6, tcp_header() + bytes(9000))
+    for ecn in (0, ECN):
+        rig.driver.send(segment, header(NEEDS_CSUM, TCPV4 | ecn, 1400, 34, 16))
+        assert end.receive() == segment
+    assert rig.stats()["tx_bad_offload"] == 0
+
+
+@pytest.mark.parametrize("kept", [GUEST_CSUM | GUEST_ECN, GUEST_CSUM, 0, GUEST_ECN])
+def test_offloads_that_the_driver_gives_up_are_the_kernels_again(make_net, host, kept):
+    """TUN_F_TSO_ECN without TSO is refused by the kernel, and must not keep TSO."""
+    rig = make_net(
+        "net.backend=tap", "net.tap=t0", features=MRG | CTRL | OFFLOADS | GUEST_CSUM | GUEST_TSO4 | GUEST_ECN
+    )
+    host.up()
+    assert takes_segments()
+    assert rig.command(5, 0, struct.pack("<Q", kept)) == 0
+    assert not takes_segments()
+
+
+def takes_segments() -> bool:
+    """Whether t0 takes segments of TCP from the host's kernel. [uapi ethtool.h, ETHTOOL_GTSO]"""
+    value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_GTSO, 0))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        fcntl.ioctl(asker, SIOCETHTOOL, struct.pack("16sQ16x", b"t0", ctypes.addressof(value)))
+    return bool(struct.unpack("II", value.raw[:8])[1])
 
 
 def tcp_header() -> bytes:

@@ -35,12 +35,12 @@ static uint8_t *slot(struct port *p, size_t n)
     return p->in + n * VPCI_NET_FRAME_MAX;
 }
 
-static int next_in_row(struct port *p, struct frame *f)
+static int next_in_row(struct port *p, struct frame *f, uint32_t max)
 {
-    if (p->in_at == p->in_end)
-        return 0;
-    *f = (struct frame){.data = slot(p, p->in_at), .len = p->lens[p->in_at], .vnet = p->vnet};
-    return 1;
+    int n = 0;
+    for (size_t at = p->in_at; at < p->in_end && (uint32_t)n < max; at++)
+        f[n++] = (struct frame){.data = slot(p, at), .len = p->lens[at], .vnet = p->vnet};
+    return n;
 }
 
 static void drop_in_row(struct port *p)
@@ -73,13 +73,13 @@ static int receive_batch(struct port *p)
 }
 
 /* An error of the socket only tells that the peer went: it is told once, and what came before is still there. */
-static int datagram_next(struct port *p, struct frame *f)
+static int datagram_next(struct port *p, struct frame *f, uint32_t max)
 {
     for (int tries = 0; p->in_at == p->in_end && p->readable && tries < IN_BATCH; tries++) {
         int got = receive_batch(p);
         p->readable = got == IN_BATCH || (got < 0 && !would_block());
     }
-    return next_in_row(p, f);
+    return next_in_row(p, f, max);
 }
 
 /* The peer's address is looked up again whenever it was lost: whoever binds it next is the peer. */
@@ -118,20 +118,21 @@ static int datagram_send(struct port *p, struct out *out, uint32_t n)
 
 /* ---- QEMU's stream ---- */
 
-/* A frame that is whole in the buffer. Returns 1, 0, or -EPROTO: no frame is that long, so this is no such stream. */
-static int whole_frame(struct port *p, struct frame *f)
+/* A frame that is whole in the buffer from `at` on. Returns 1, 0, or -EPROTO: no frame is that long, so this is no such
+ * stream. */
+static int whole_frame(struct port *p, size_t at, struct frame *f)
 {
     uint32_t len;
-    size_t have = p->in_end - p->in_at;
+    size_t have = p->in_end - at;
     if (have < sizeof(len))
         return 0;
-    memcpy(&len, p->in + p->in_at, sizeof(len));
+    memcpy(&len, p->in + at, sizeof(len));
     len = ntohl(len);
     if (len > VPCI_NET_FRAME_MAX)
         return -EPROTO;
     if (have < sizeof(len) + len)
         return 0;
-    *f = (struct frame){.data = p->in + p->in_at + sizeof(len), .len = len};
+    *f = (struct frame){.data = p->in + at + sizeof(len), .len = len};
     return 1;
 }
 
@@ -152,13 +153,16 @@ static int receive_more(struct port *p)
     return 0;
 }
 
-static int stream_next(struct port *p, struct frame *f)
+/* What is wrong behind the first frame is told when it is the first. */
+static int stream_next(struct port *p, struct frame *f, uint32_t max)
 {
-    int rc;
-    while (!(rc = whole_frame(p, f)) && p->readable)
+    int rc, n = 0;
+    while (!(rc = whole_frame(p, p->in_at, f)) && p->readable)
         if ((rc = receive_more(p)))
             break;
-    return rc;
+    for (size_t at = p->in_at; rc > 0 && ++n < (int)max; rc = whole_frame(p, at, &f[n]))
+        at += sizeof(f->len) + f[n - 1].len;
+    return n ? n : rc;
 }
 
 static void stream_drop(struct port *p)
@@ -261,12 +265,12 @@ static int tap_receive(struct port *p)
     return 0;
 }
 
-static int tap_next(struct port *p, struct frame *f)
+static int tap_next(struct port *p, struct frame *f, uint32_t max)
 {
     int rc = 0;
     if (p->in_at == p->in_end && p->readable)
         rc = tap_receive(p);
-    return rc ? rc : next_in_row(p, f);
+    return rc ? rc : next_in_row(p, f, max);
 }
 
 static int tap_send(struct port *p, struct out *out, uint32_t n)
@@ -300,8 +304,10 @@ static void tap_offload(struct port *p, uint64_t bits)
         word |= bits >> flags[i].bit & 1 ? flags[i].flag : 0;
     if (!(word & TUN_F_CSUM))
         word = 0;   /* the kernel segments and sums then */
+    if (!(word & (TUN_F_TSO4 | TUN_F_TSO6)))
+        word &= ~(unsigned long)TUN_F_TSO_ECN;   /* by itself it is refused, and with it the rest */
     if (ioctl(p->fd, TUNSETOFFLOAD, word) < 0)
-        ioctl(p->fd, TUNSETOFFLOAD, word & ~(unsigned long)TUN_F_UFO);   /* kernels without it */
+        ioctl(p->fd, TUNSETOFFLOAD, 0ul);   /* rather nothing than what the guest did not ask for */
 }
 
 /* ---- loop and null ---- */
@@ -312,12 +318,12 @@ struct kept {
     uint8_t bytes[];
 };
 
-static int loop_next(struct port *p, struct frame *f)
+static int loop_next(struct port *p, struct frame *f, uint32_t max)
 {
-    if (!p->first)
-        return 0;
-    *f = (struct frame){.data = p->first->bytes, .len = p->first->len};
-    return 1;
+    int n = 0;
+    for (struct kept *k = p->first; k && (uint32_t)n < max; k = k->next)
+        f[n++] = (struct frame){.data = k->bytes, .len = k->len};
+    return n;
 }
 
 static void loop_drop(struct port *p)
@@ -369,9 +375,9 @@ static int loop_send(struct port *p, struct out *out, uint32_t n)
     return (int)n;
 }
 
-static int null_next(struct port *p, struct frame *f)
+static int null_next(struct port *p, struct frame *f, uint32_t max)
 {
-    (void)p, (void)f;
+    (void)p, (void)f, (void)max;
     return 0;
 }
 

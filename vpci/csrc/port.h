@@ -61,9 +61,9 @@ struct port {
 
 struct port_ops {
     bool has_fd, has_vnet;
-    /* The frame that is next. 1: there is one, 0: none now, < 0: -errno, the descriptor is of no more use. */
-    int (*next)(struct port *p, struct frame *f);
-    /* The end of the frame that next() gave. */
+    /* Up to max frames that are next; they stay. How many, 0: none now, < 0: -errno, the descriptor is of no more use. */
+    int (*next)(struct port *p, struct frame *f, uint32_t max);
+    /* The end of the first of them. */
     void (*drop)(struct port *p);
     /* Send; how many of n were taken, at least one unless blocked; -errno: the descriptor is of no more use. */
     int (*send)(struct port *p, struct out *out, uint32_t n);

@@ -93,8 +93,8 @@ class NetSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pairs: Annotated[
         int,
         Meta(
-            description="Pairs of queues; more than 1 offers VIRTIO_NET_F_MQ. A TAP has a queue for each; with any "
-            "other backend frames come on the first.",
+            description="Pairs of queues; more than 1 offers VIRTIO_NET_F_MQ. A TAP has a queue for each, and its "
+            "kernel chooses; with any other backend a flow comes in on the pair that sent it last.",
             ge=1,
             le=32,
         ),
@@ -227,7 +227,7 @@ class NetModel(Model):
         with self._lock:
             super().reset()
             self._forget()
-            self.wire.set_pairs(1)
+            self._use_pairs(1)
             if self._host:
                 self._host.forget_chains()
             self._install()
@@ -356,10 +356,18 @@ class NetModel(Model):
 
     def _set_pairs(self, command: int, data: bytes) -> bool:
         pairs = int.from_bytes(data, "little")
-        if len(data) != 2 or not 1 <= pairs <= self.section.pairs:
+        return len(data) == 2 and 1 <= pairs <= self.section.pairs and self._use_pairs(pairs)
+
+    def _use_pairs(self, pairs: int) -> bool:
+        """With the lock held. False: the backend cannot, and is told of; then frames come on what pairs it has."""
+        try:
+            self.wire.set_pairs(pairs)
+        except BackendError as error:
+            log.warning("net: %d pairs: %s", pairs, error)
             return False
         self.pairs = pairs
-        self.wire.set_pairs(pairs)
+        if self._engine:
+            self._engine.set_pairs(pairs)
         return True
 
     def _set_offloads(self, command: int, data: bytes) -> bool:
@@ -395,7 +403,7 @@ class NetModel(Model):
         """Open a backend that went away anew."""
         self.wire.reopen()
         with self._lock:
-            self.wire.set_pairs(self.pairs)
+            self._use_pairs(self.pairs)
         if self._host:
             self._host.wake()
         return self._told()

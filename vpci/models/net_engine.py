@@ -71,6 +71,10 @@ class NetEngine:
         """Down: nothing goes out and nothing comes in."""
         lib.vpci_net_set_link(self.state, up)
 
+    def set_pairs(self, n: int) -> None:
+        """The driver uses the first n pairs: frames are spread over them if they share a port."""
+        lib.vpci_net_set_pairs(self.state, n)
+
     def set_offloads(self, bits: int) -> None:
         """What the driver takes from the backend from now on, as feature bits."""
         lib.vpci_net_set_offloads(self.state, bits)

@@ -25,6 +25,7 @@ enum vpci_net_limit {
 enum vpci_net_feature {
     VPCI_NET_F_CSUM = 0,
     VPCI_NET_F_GUEST_CSUM = 1,
+    VPCI_NET_F_GSO = 6,
     VPCI_NET_F_GUEST_TSO4 = 7,
     VPCI_NET_F_GUEST_TSO6 = 8,
     VPCI_NET_F_GUEST_ECN = 9,
@@ -40,7 +41,7 @@ enum vpci_net_feature {
 typedef struct vpci_net_setup {
     uint32_t n_pairs;
     uint32_t kind;           /* enum vpci_port_kind */
-    uint32_t n_ports;        /* 1: all pairs share it, and pair 0 receives; or n_pairs */
+    uint32_t n_ports;        /* 1: all pairs share it, and frames are steered; or n_pairs */
     const char *peer;        /* DATAGRAM: where frames go */
     vpci_handoff *control;   /* takes the chains of the control queue */
     int capture;             /* a file for a pcap of what goes out and comes in, -1: none; the engine's if it is made */
@@ -64,7 +65,7 @@ typedef struct vpci_net_stats {
     uint64_t rx_not_ready;   /* the link is down or the receive queue does not run */
     uint64_t rx_too_long;    /* longer than a buffer, with MRG_RXBUF than all buffers of a full ring, or than any frame */
     uint64_t rx_short;       /* less than an Ethernet header */
-    uint64_t rx_bad_buffer;  /* chains that cannot hold a header */
+    uint64_t rx_bad_buffer;  /* chains that cannot hold a header, or nothing of a frame */
     uint64_t rx_bad_offload; /* segments that the driver did not ask for */
     uint64_t rx_backlog;     /* the backlog of loop was full */
     uint64_t tx_short;       /* a chain without a whole header and Ethernet header */
@@ -97,9 +98,14 @@ int vpci_net_event_fd(vpci_net *net);
 
 void vpci_net_set_filter(vpci_net *net, const vpci_net_filter *filter);
 void vpci_net_set_link(vpci_net *net, int up);
+/* The driver uses the first n pairs; 1 again after new features. */
+void vpci_net_set_pairs(vpci_net *net, uint32_t n);
 /* What the backend may leave to the guest: bits of feature bits 1 and 7..10; reset by new features. */
 void vpci_net_set_offloads(vpci_net *net, uint64_t bits);
 void vpci_net_read_stats(vpci_net *net, vpci_net_stats *stats);
 
+/* What the frames of one flow have in common, in either direction: addresses, protocol, and the ports of TCP and UDP
+ * without a fragment; else the stations. [linux tun.c does the same by its flow dissector] */
+uint32_t vpci_net_flow(const uint8_t *frame, uint32_t len);
 /* For tests: the Internet checksum of bytes that lie in pieces, from byte `from` on, not complemented. */
 uint16_t vpci_net_sum(const struct iovec *iov, uint32_t n, uint32_t from);
