@@ -74,6 +74,15 @@ class NetRig:
         assert self.device.wait_until(lambda: wanted.items() <= self.stats().items(), WAIT_S), (wanted, self.stats())
         return self.stats()
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The facts of every event of this name so far."""
+        return [report.facts for report in list(self.reports) if report.event == name]
+
+    def wait_events(self, name: str, n: int = 1) -> list[dict[str, Any]]:
+        """The first n events of this name."""
+        assert self.device.wait_until(lambda: len(self.events(name)) >= n, WAIT_S), self.reports
+        return self.events(name)[:n]
+
     def received(self) -> bytes:
         """The next frame."""
         got = self.driver.receive(WAIT_S)

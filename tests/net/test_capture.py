@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import time
 
@@ -62,7 +63,11 @@ def test_a_disk_that_is_full_ends_the_capture_and_not_the_network(wired):
         return bool(rig.stats()["not_captured"])
 
     assert rig.device.wait_until(failed)
+    assert rig.wait_events("capture_failed") == [{"path": "/dev/full", "errno": errno.ENOSPC}]
+    for _ in range(3):
+        failed()
     assert rig.stop() == ""
+    assert len(rig.events("capture_failed")) == 1
 
 
 def test_a_file_that_cannot_be_made_does_not_start(make_net, tmp_path):

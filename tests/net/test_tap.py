@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import socket
 import struct
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.net.rig import CSUM, CTRL, GUEST_CSUM, MAC, MQ, MRG, OFFLOADS, STATUS, WAIT_S, frame, header
-from vpci.backends.tap import TapWire, _attached
-from vpci.errors import BackendError
+from vpci.backends.tap import TUN_F_UFO, TUNSETOFFLOAD, TapWire, _attached
+from vpci.errors import BackendError, ConfigError
 
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
@@ -178,6 +180,57 @@ def test_offloads_are_offered_as_the_header_allows(make_net):
     assert not make_net().device.offered_features() & 0x7FC0
 
 
+def test_what_a_tap_does_with_offloads_is_told(make_net):
+    (told,) = make_net("net.backend=tap", "net.tap=t0").wait_events("offloads")
+    assert (told["completed"], told["removed"]) == ([], [])
+    assert {"GSO", "GUEST_UFO", "HOST_TSO6", "CSUM", "GUEST_CSUM"} <= set(told["carried"])
+
+
+def test_what_the_kernel_refuses_is_not_offered_and_told(make_net, monkeypatch):
+    """As kernel 4.14 refused UFO."""
+    real = fcntl.ioctl
+
+    def without_ufo(fd: int, request: int, word: Any = 0) -> Any:
+        if request == TUNSETOFFLOAD and word & TUN_F_UFO:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, request, word)
+
+    monkeypatch.setattr(fcntl, "ioctl", without_ufo)
+    rig = make_net("net.backend=tap", "net.tap=t0")
+    (told,) = rig.wait_events("offloads")
+    assert told["removed"] == ["GUEST_UFO", "HOST_UFO"]
+    assert rig.device.offered_features() & 0x7FC0 == 0x7FC0 & ~(1 << 10 | 1 << 14)
+    with pytest.raises(ConfigError, match="does not carry"):
+        make_net("net.backend=tap", "net.tap=t1", "features.offer=['HOST_UFO']")
+
+
+def test_a_segment_of_udp_reaches_the_host_whole(make_net, host):
+    """UFO, which Linux gave up in 4.14 and older guests have."""
+    rig = make_net("net.backend=tap", "net.tap=t0", features=CSUM | 1 << 14)
+    end = host.up()
+    segment = frame(b"\xff" * 6, size=14, kind=b"\x08\x00") + ipv4(
+        17, struct.pack(">HHHH", 1, 2, 3008, 0) + bytes(3000)
+    )
+    rig.driver.send(segment, header(NEEDS_CSUM, 3, 1480, 34, 6))
+    assert end.receive() == segment
+    assert rig.stats()["tx_errors"] == rig.stats()["tx_bad_offload"] == 0
+
+
+def test_a_driver_that_acks_bit_30_loses_segments_too(make_net):
+    """C13."""
+    rig = make_net("net.backend=tap", "net.tap=t0")
+    rig.device.write("guest_features", 0xFFFFFFFF)
+    assert rig.device.read("guest_features") == 0x3821
+
+
+def test_an_interface_that_is_there_stays_when_it_is_opened_again(make_net, host):
+    rig = make_net("net.backend=tap", "net.tap=t0")
+    end = host.up()
+    rig.model.reopen()
+    exchange(rig, end)
+    assert rig.events("backend_gone") == []
+
+
 def test_a_segment_that_the_driver_leaves_to_us_reaches_the_host_whole(make_net, host):
     rig = make_net("net.backend=tap", "net.tap=t0", features=CSUM | HOST_TSO4)
     end = host.up()
@@ -252,8 +305,12 @@ def test_a_broken_segment_is_refused_by_the_kernel_and_the_next_frame_goes(make_
 
 def test_an_interface_that_is_down_loses_frames_and_counts_them(make_net):
     rig = make_net("net.backend=tap", "net.tap=t0")
-    rig.driver.send(frame(b"\xff" * 6))
-    assert rig.stats()["tx_errors"] == 1
+    for n in range(3):
+        rig.driver.send(frame(b"\xff" * 6))
+        assert rig.stats()["tx_errors"] == n + 1
+    assert rig.wait_events("frame_refused") == [{"backend": "tap", "errno": errno.EIO}]
+    rig.stop()
+    assert len(rig.events("frame_refused")) == 1
 
 
 def test_an_interface_that_is_deleted_takes_the_link_down_until_it_is_opened_again(make_net, host):
@@ -264,6 +321,7 @@ def test_an_interface_that_is_deleted_takes_the_link_down_until_it_is_opened_aga
     assert rig.device.wait_until(lambda: rig.status() == 0, WAIT_S)
     rig.driver.send(frame())
     assert rig.stats()["tx_no_link"] == 1
+    assert rig.events("backend_gone")[0]["errno"] in (errno.EFAULT, errno.EBADFD)
     rig.model.reopen()
     assert rig.device.wait_until(lambda: rig.status() == 1, WAIT_S)
     host.close()

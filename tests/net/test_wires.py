@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -264,6 +265,62 @@ def test_two_devices_are_wired_together(make_net, tmp_path):
         assert two.received() == data
         two.driver.send(data)
         assert one.received() == data
+
+
+# -- what is told --------------------------------------------------------------------------------------------------------
+
+SEGMENTS = ["GSO", *(f"{who}_{what}" for who in ("GUEST", "HOST") for what in ("TSO4", "TSO6", "ECN", "UFO"))]
+
+
+def test_what_a_backend_does_with_offloads_is_told_once(make_net, tmp_path):
+    for backend in ("loop", "stream"):
+        rig = make_net(f"net.backend={backend}", *([f'net.path="{tmp_path}/w"'] if backend == "stream" else []))
+        told = {"backend": backend, "carried": [], "completed": ["CSUM", "GUEST_CSUM"], "removed": SEGMENTS}
+        assert rig.wait_events("offloads") == [told]
+        rig.stop()
+        assert len(rig.events("offloads")) == 1
+        (text,) = [report.text for report in rig.reports if report.event == "offloads"]
+        assert "done here: CSUM GUEST_CSUM; not offered, for its frames have no header for segments: GSO GUEST_" in text
+
+
+def test_why_a_peer_went_is_told_and_that_it_came_back(wired):
+    rig, end = wired()
+    end.close()
+    assert rig.wait_events("backend_gone") == [{"backend": "stream", "errno": errno.ECONNRESET}]
+    again = StreamEnd.connected(Path(rig.model.wire.path))
+    assert rig.wait_events("backend_there", 2) == [{"backend": "stream"}] * 2
+    again.socket.sendall(b"\xff" * 4)
+    assert rig.wait_events("backend_gone", 2)[1]["errno"] == errno.EPROTO
+    again.close()
+
+
+def test_a_peer_that_was_refused_is_told_and_counted(wired):
+    rig, _ = wired()
+    for n in (1, 2):
+        second = StreamEnd.connected(Path(rig.model.wire.path))
+        assert rig.wait_events("peer_refused", n)[-1] == {"backend": "stream", "refused": n}
+        assert rig.stats()["refused_peers"] == n
+        second.close()
+    assert rig.events("backend_gone") == []
+
+
+def test_that_nobody_takes_datagrams_is_told_once_each_time(mates):
+    rig, mine, _ = mates
+    path = mine.getsockname()
+    for n in (1, 2):
+        rig.driver.send(FRAMES[0])
+        assert mine.recv(65536) == FRAMES[0]
+        mine.close()
+        os.unlink(path)
+        for _ in range(5):
+            rig.driver.send(FRAMES[0])
+        assert rig.wait_stats(tx_no_peer=5 * n)
+        assert [facts["backend"] for facts in rig.wait_events("frame_refused", n)] == ["datagram"] * n
+        mine = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        mine.settimeout(WAIT_S)
+        mine.bind(path)
+    assert len(rig.events("frame_refused")) == 2
+    mine.close()
 
 
 # -- the ends of a device's life ---------------------------------------------------------------------------------------

@@ -23,25 +23,34 @@ struct half {
 };
 
 struct capture {
-    int fd;
+    int fd, event_fd;
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     struct half halves[2];
     struct half *filling;      /* the other one is the thread's */
-    bool ending, failed;
+    bool ending;
+    int error;                 /* errno; nothing is written any more */
 };
 
-/* Returns false when the disk takes no more: then nothing more is kept. */
-static bool write_all(int fd, const uint8_t *bytes, size_t n)
+/* Returns 0, or the errno with which the disk takes no more. */
+static int write_all(int fd, const uint8_t *bytes, size_t n)
 {
     for (ssize_t done; n; bytes += done, n -= (size_t)done) {
         done = write(fd, bytes, n);
         if (done < 0 && errno != EINTR)
-            return false;
+            return errno;
         done = done < 0 ? 0 : done;
     }
-    return true;
+    return 0;
+}
+
+static void fail(struct capture *c, int error)
+{
+    uint64_t one = 1;
+    c->error = error;
+    ssize_t n = write(c->event_fd, &one, sizeof(one));
+    (void)n;
 }
 
 static void *run(void *arg)
@@ -56,10 +65,11 @@ static void *run(void *arg)
         struct half *full = c->filling;
         c->filling = full == c->halves ? c->halves + 1 : c->halves;
         pthread_mutex_unlock(&c->lock);
-        bool written = write_all(c->fd, full->bytes, full->n);
+        int error = c->error ? 0 : write_all(c->fd, full->bytes, full->n);
         pthread_mutex_lock(&c->lock);
         full->n = 0;
-        c->failed |= !written;
+        if (error)
+            fail(c, error);
     }
     pthread_mutex_unlock(&c->lock);
     return NULL;
@@ -87,7 +97,7 @@ bool capture_add(struct capture *c, vpci_mem *mem, const struct iovec *iov, uint
     struct record r = {(uint32_t)now.tv_sec, (uint32_t)(now.tv_nsec / NS_A_US), len, len};
     pthread_mutex_lock(&c->lock);
     struct half *h = c->filling;
-    bool fits = !c->failed && h->n + sizeof(r) + len <= HALF_BYTES;
+    bool fits = !c->error && h->n + sizeof(r) + len <= HALF_BYTES;
     if (fits) {
         memcpy(h->bytes + h->n, &r, sizeof(r));
         vpci_guard(mem, gather, &(struct copied){h->bytes + h->n + sizeof(r), iov, n});
@@ -98,13 +108,22 @@ bool capture_add(struct capture *c, vpci_mem *mem, const struct iovec *iov, uint
     return fits;
 }
 
-struct capture *capture_new(int fd)
+int capture_error(struct capture *c)
+{
+    pthread_mutex_lock(&c->lock);
+    int error = c->error;
+    pthread_mutex_unlock(&c->lock);
+    return error;
+}
+
+struct capture *capture_new(int fd, int event_fd)
 {
     static const struct file_header header = {MAGIC, MAJOR, MINOR, 0, 0, SNAPLEN, ETHERNET};
     struct capture *c = calloc(1, sizeof(*c));
     if (!c)
         return NULL;
     c->fd = fd;
+    c->event_fd = event_fd;
     c->filling = c->halves;
     c->halves[0].bytes = malloc(HALF_BYTES);
     c->halves[1].bytes = malloc(HALF_BYTES);

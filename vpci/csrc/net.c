@@ -62,6 +62,8 @@ struct vpci_net {
     bool link;
     int event_fd;
     struct capture *capture;      /* NULL: none */
+    bool capture_told;
+    vpci_net_troubles troubles;
     vpci_net_filter filter;
     vpci_net_stats stats;
 };
@@ -124,13 +126,19 @@ static void unplug(struct vpci_net *net, struct port *p)
         look_at_tx(net);
 }
 
-static void lose(struct vpci_net *net, struct port *p)
+static void tell_trouble(struct vpci_net *net, int32_t *which, int error)
 {
     uint64_t one = 1;
-    net->stats.lost++;
-    unplug(net, p);
+    *which = error;
     ssize_t n = write(net->event_fd, &one, sizeof(one));
     (void)n;
+}
+
+static void lose(struct vpci_net *net, struct port *p, int error)
+{
+    net->stats.lost++;
+    unplug(net, p);
+    tell_trouble(net, &net->troubles.lost, -error);
 }
 
 static const vpci_engine engine;
@@ -138,15 +146,17 @@ static const vpci_engine engine;
 static void watch(struct vpci_net *net, struct port *p)
 {
     uint32_t events = EPOLLIN | EPOLLRDHUP | (p->blocked ? (uint32_t)EPOLLOUT : 0u);
-    if (watch_add(net->dev, &engine, net, p->fd, events) < 0)
-        lose(net, p);
+    int rc = watch_add(net->dev, &engine, net, p->fd, events);
+    if (rc < 0)
+        lose(net, p, rc);
 }
 
 static void unblock(struct vpci_net *net, struct port *p)
 {
     p->blocked = false;
-    if (p->ops->flush && p->ops->flush(p) < 0) {
-        lose(net, p);
+    int rc = p->ops->flush ? p->ops->flush(p) : 0;
+    if (rc < 0) {
+        lose(net, p, rc);
         return;
     }
     watch(net, p);
@@ -416,7 +426,7 @@ static int refill(struct vpci_net *net, struct port *p, uint32_t pair)
         return b->n_left != 0;   /* whoever has one of a life that is over goes on when it is done */
     int got = is_plugged(p) ? p->ops->next(p, b->frames, LOOK_FRAMES) : 0;
     if (got < 0)
-        lose(net, p);
+        lose(net, p, got);
     b->n = b->n_left = got > 0 ? (uint32_t)got : 0;
     for (uint32_t i = 0; i < b->n; i++) {
         b->states[i] = WAITING;
@@ -634,8 +644,12 @@ static uint32_t send_batch(struct vpci_net *net, struct port *p, struct tx *tx)
     if (!tx->n || !is_plugged(p))
         return 0;
     int sent = p->ops->send(p, tx->out, tx->n);
+    if (p->refused && !p->refused_told) {
+        p->refused_told = true;
+        tell_trouble(net, &net->troubles.refused, p->refused);
+    }
     if (sent < 0)
-        lose(net, p);
+        lose(net, p, sent);
     else if (p->blocked && p->fd >= 0)
         watch(net, p);
     net->stats.tx_blocked += p->blocked;
@@ -821,6 +835,16 @@ int vpci_net_event_fd(vpci_net *net)
     return net->event_fd;
 }
 
+void vpci_net_take_troubles(vpci_net *net, vpci_net_troubles *troubles)
+{
+    lock(net);
+    *troubles = net->troubles;
+    troubles->capture = net->capture && !net->capture_told ? capture_error(net->capture) : 0;
+    net->capture_told |= troubles->capture != 0;
+    net->troubles = (vpci_net_troubles){0};
+    unlock(net);
+}
+
 void vpci_net_set_filter(vpci_net *net, const vpci_net_filter *filter)
 {
     lock(net);
@@ -890,7 +914,7 @@ vpci_net *vpci_net_new(const vpci_net_setup *setup)
     net->header = HEADER;
     net->link = true;
     net->n_used = 1;
-    if (make(net, setup) && (setup->capture < 0 || (net->capture = capture_new(setup->capture))))
+    if (make(net, setup) && (setup->capture < 0 || (net->capture = capture_new(setup->capture, net->event_fd))))
         return net;
     vpci_net_free(net);
     return NULL;

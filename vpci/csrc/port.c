@@ -21,10 +21,12 @@ static bool is_of_the_frame(int error)
            error == ENOMEM;
 }
 
-static int fail_one(struct out *out, uint64_t *counter)
+/* With errno, of the frame. */
+static int fail_one(struct port *p, struct out *out, uint64_t *counter)
 {
     ++*counter;
     out->failed = true;
+    p->refused = p->refused ? p->refused : errno;
     return 1;
 }
 
@@ -89,8 +91,20 @@ static bool find_peer(struct port *p)
     if (!p->connected && p->peer) {
         strncpy(to.sun_path, p->peer, sizeof(to.sun_path) - 1);
         p->connected = !connect(p->fd, (struct sockaddr *)&to, sizeof(to));
+        p->refused = p->connected ? 0 : p->refused;
+        p->refused_told &= !p->connected;
+    } else if (!p->peer) {
+        errno = EDESTADDRREQ;
     }
     return p->connected;
+}
+
+/* Nobody is there: one look is enough for all of them. */
+static int datagrams_to_nobody(struct port *p, struct out *out, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        fail_one(p, &out[i], &p->stats->tx_no_peer);
+    return (int)n;
 }
 
 static int datagram_failed(struct port *p, struct out *out)
@@ -100,16 +114,16 @@ static int datagram_failed(struct port *p, struct out *out)
         return 0;
     }
     if (is_of_the_frame(errno))
-        return fail_one(out, &p->stats->tx_errors);
+        return fail_one(p, out, &p->stats->tx_errors);
     p->connected = false;
-    return fail_one(out, &p->stats->tx_no_peer);
+    return fail_one(p, out, &p->stats->tx_no_peer);
 }
 
 static int datagram_send(struct port *p, struct out *out, uint32_t n)
 {
     struct mmsghdr msgs[OUT_BATCH];
     if (!find_peer(p))
-        return fail_one(out, &p->stats->tx_no_peer);
+        return datagrams_to_nobody(p, out, n);
     for (uint32_t i = 0; i < n; i++)
         msgs[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = out[i].iov + 1, .msg_iovlen = out[i].n_iov - 1}};
     int sent = sendmmsg(p->fd, msgs, n, MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -242,7 +256,7 @@ static int stream_send(struct port *p, struct out *out, uint32_t n)
     if (sent < 0 && would_block())
         p->blocked = true;
     if (sent < 0 && is_of_the_frame(errno))
-        return n > 1 ? stream_send(p, out, 1) : fail_one(out, &p->stats->tx_errors);
+        return n > 1 ? stream_send(p, out, 1) : fail_one(p, out, &p->stats->tx_errors);
     if (sent < 0)
         return p->blocked || errno == EINTR ? 0 : -errno;
     return count_sent(p, out, n, (size_t)sent);
@@ -286,7 +300,7 @@ static int tap_send(struct port *p, struct out *out, uint32_t n)
             return (int)i;
         if (!is_of_the_frame(errno))
             return -errno;
-        fail_one(&out[i], &p->stats->tx_errors);
+        fail_one(p, &out[i], &p->stats->tx_errors);
     }
     return (int)n;
 }
@@ -421,7 +435,8 @@ int port_init(struct port *p, uint32_t kind, const char *peer, vpci_net_stats *s
 void port_clear(struct port *p)
 {
     p->life++;
-    p->readable = p->hung_up = p->blocked = p->connected = false;
+    p->readable = p->hung_up = p->blocked = p->connected = p->refused_told = false;
+    p->refused = 0;
     p->in_at = p->in_end = 0;
     free(p->rest);
     p->rest = NULL;

@@ -57,6 +57,8 @@ struct port {
     uint32_t n_kept;
     char *peer;
     bool connected;
+    int refused;                /* errno of the first frame that was not taken; 0: none yet */
+    bool refused_told;
 };
 
 struct port_ops {
@@ -82,8 +84,10 @@ void port_clear(struct port *p);
 
 struct capture;
 
-/* The fd is its own when it could be made; NULL when memory or threads are short. */
-struct capture *capture_new(int fd);
+/* The fd is its own when it could be made; NULL when memory or threads are short. When it fails, event_fd is written. */
+struct capture *capture_new(int fd, int event_fd);
+/* The errno that ended it; 0: it goes on. */
+int capture_error(struct capture *c);
 /* What was added is written first. */
 void capture_free(struct capture *c);
 /* Keep a frame of len bytes that lies in these pieces. Returns false when there is no room now, or the disk failed. */

@@ -6,6 +6,7 @@ control socket set_link and its like. The lock guards what they share, and nothi
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -148,6 +149,7 @@ class NetModel(Model):
         self.wire = open_wire(section)
         self._capture = self._open_capture(section.capture)
         self.acked = 0
+        self.offloads: list[int] = []  # what the backend may leave to the driver now
         self.link = True  # as somebody outside wishes
         self.carrier = self.wire.kind in _ALWAYS_THERE
         self.counters: Counter[str] = Counter(commands=0, refused_commands=0, short_commands=0)
@@ -155,6 +157,9 @@ class NetModel(Model):
         self._lock = threading.Lock()
         self._engine: NetEngine | None = None
         self._host: Host | None = None
+        self._why_lost = 0  # errno
+        self._refused_told = 0
+        self._offloads_told = False
         self._forget()
 
     def _open_capture(self, path: str | None) -> int:
@@ -181,7 +186,7 @@ class NetModel(Model):
     @property
     def features(self) -> int:
         optional = {net.F_MTU: self.section.mtu is not None, net.F_MQ: self.section.pairs > 1}
-        optional |= dict.fromkeys(net.OFFLOADS_OF_BACKEND, self.wire.has_vnet)
+        optional |= {bit: bit in self.wire.carries for bit in net.OFFLOADS_OF_BACKEND}
         return word_of([*_ALWAYS, *(bit for bit, offered in optional.items() if offered)])
 
     @property
@@ -221,6 +226,7 @@ class NetModel(Model):
     def features_acked(self, features: int) -> None:
         with self._lock:
             self.acked = features
+            self.offloads = [bit for bit in net.OFFLOADS_OF_GUEST if self._has(bit)]
             self._install()
 
     def reset(self) -> None:
@@ -255,34 +261,71 @@ class NetModel(Model):
     def attach(self, host: Host) -> None:
         assert self._engine is not None  # it is what calls us
         self._host = host
-        host.watch(self._engine.event_fd, select.POLLIN, self._lost)
+        host.watch(self._engine.event_fd, select.POLLIN, self._troubled)
         self.wire.set_pairs(1)
         self.wire.start(self._engine.plug, self._engine.is_plugged, host.watch)
 
-    def _lost(self, events: int) -> None:
+    def _troubled(self, events: int) -> None:
         assert self._engine is not None
         os.eventfd_read(self._engine.event_fd)
+        troubles = self._engine.troubles()
+        self._why_lost = troubles.get("lost", self._why_lost)
+        if refused := troubles.get("refused"):
+            text = f"the backend took no frame ({os.strerror(refused)}): such are dropped and counted; said once"
+            self.event("frame_refused", text, backend=self.section.backend, errno=refused)
+        if failed := troubles.get("capture"):
+            text = f"{self.section.capture}: {os.strerror(failed)}; the capture ends here, the network goes on"
+            self.event("capture_failed", text, path=self.section.capture, errno=failed)
 
     def turn(self) -> float | None:
         """What is plugged in may have changed: look for what is missing, and tell the driver of its link."""
+        if not self._offloads_told:
+            self._tell_offloads()
         wait = self.wire.turn()
         assert self._engine is not None
         carrier = self.wire.kind in _ALWAYS_THERE or self._engine.is_plugged(0)
         if carrier != self.carrier:
-            log.info("net: the backend is %s", "there" if carrier else "gone")
             with self._lock:
                 self.carrier = carrier
                 self._greet()
+            self._tell_carrier()
             if self._host:
                 self._host.config_changed()
+        if self.wire.refused != self._refused_told:
+            self._refused_told = self.wire.refused
+            text = "a second peer came and was hung up on: a wire has two ends"
+            self.event("peer_refused", text, backend=self.section.backend, refused=self.wire.refused)
         return wait
+
+    def _tell_carrier(self) -> None:
+        backend = self.section.backend
+        if self.carrier:
+            self.event("backend_there", f"{backend}: it is there, and the link is up", backend=backend)
+            return
+        reason, self._why_lost = self._why_lost, 0
+        how = _WHY.get(reason, os.strerror(reason))
+        self.event("backend_gone", f"{backend}: {how}; the link is down", backend=backend, errno=reason)
+
+    def _tell_offloads(self) -> None:
+        """Once: what the backend carries of segments and checksums, what is done here, and what nobody does."""
+        self._offloads_told = True
+        carried = [bit for bit in net.OFFLOADS_OF_BACKEND if bit in self.wire.carries]
+        removed = [bit for bit in net.OFFLOADS_OF_BACKEND if bit not in self.wire.carries]
+        sums = [net.F_CSUM, net.F_GUEST_CSUM]
+        completed = [] if self.wire.carries else sums
+        text = f"{self.section.backend}: passed through: {_names(carried + sums * bool(carried)) or 'no offloads'}"
+        text += f"; done here: {_names(completed)}" if completed else ""
+        text += f"; not offered, for {self.wire.lacks}: {_names(removed)}" if removed else ""
+        facts = {"carried": carried + sums * bool(carried), "completed": completed, "removed": removed}
+        told = {name: [_SHORT[bit] for bit in bits] for name, bits in facts.items()}
+        self.event("offloads", text, backend=self.section.backend, **told)
 
     def _greet(self) -> None:
         """After the link came up the driver is asked to tell its neighbours where it is."""
         self._announce = self.is_up and self._has(net.F_GUEST_ANNOUNCE)
 
     def stats(self) -> dict[str, int]:
-        return dict(self.counters)
+        return {**self.counters, "refused_peers": self.wire.refused}
 
     def close(self) -> None:
         self.wire.close()
@@ -375,6 +418,7 @@ class NetModel(Model):
         allowed = word_of([bit for bit in net.OFFLOADS_OF_GUEST if self._has(bit)])
         if len(data) != 8 or bits & ~allowed or self._engine is None:
             return False
+        self.offloads = [bit for bit in net.OFFLOADS_OF_GUEST if bits >> bit & 1]
         self._engine.set_offloads(bits)
         return True
 
@@ -396,13 +440,15 @@ class NetModel(Model):
         with self._lock:
             if not self._has(net.F_GUEST_ANNOUNCE):
                 raise ConfigError("", "announce", "a driver without it", "a driver that acked GUEST_ANNOUNCE")
+            if not self.is_up:
+                raise ConfigError("", "announce", "a link that is down", "a link that is up")
             self._announce = True
         return self._told()
 
     def reopen(self) -> Mapping[str, object]:
         """Open a backend that went away anew."""
-        self.wire.reopen()
         with self._lock:
+            self.wire.reopen()
             self._use_pairs(self.pairs)
         if self._host:
             self._host.wake()
@@ -411,11 +457,47 @@ class NetModel(Model):
     def _told(self) -> Mapping[str, object]:
         return {"link": self.link, "carrier": self.carrier, "announce": self._announce}
 
+    def interface(self) -> Mapping[str, object]:
+        """What the driver was told and what it asked for: link, pairs, and what is let through to it."""
+        with self._lock:
+            vlans = [vlan for vlan in range(net.MAX_VLAN + 1) if self.vlans[vlan // 8] >> vlan % 8 & 1]
+            return {
+                "mac": self.mac.hex(":"),
+                **self._told(),
+                "pairs": self.pairs,
+                "modes": [name for name, on in self.modes.items() if on],
+                "unicast": _addresses(self.unicast),
+                "multicast": _addresses(self.multicast),
+                "overflow": [name for name, on in self.overflow.items() if on],
+                "vlans": vlans if self._has(net.F_CTRL_VLAN) else "all",
+                "offloads": [_SHORT[bit] for bit in self.offloads],
+            }
+
     operations = {
+        "interface": Operation("link, address, pairs, and what the driver lets in", (), interface),
         "link": Operation("take the link up or down; the driver is told", ("UP|DOWN",), set_link),
         "reopen": Operation("open a backend that went away anew", (), reopen),
         "announce": Operation("ask the driver to tell its neighbours where it is", (), announce),
     }
+
+
+_SHORT = {bit: name.removeprefix("VIRTIO_NET_F_") for name, bit in net.FEATURE_BITS.items()}
+#: Why a backend went, where its errno says it badly.
+_WHY = {
+    0: "it was unplugged",
+    errno.ECONNRESET: "the peer hung up",
+    errno.EPROTO: "the peer sent a length that no frame has, and was hung up on",
+    errno.EFAULT: "the interface was deleted",
+    errno.EBADFD: "the interface was deleted",
+}
+
+
+def _addresses(row: bytes) -> list[str]:
+    return [row[at : at + net.MAC_SIZE].hex(":") for at in range(0, len(row), net.MAC_SIZE)]
+
+
+def _names(bits: Sequence[int]) -> str:
+    return " ".join(_SHORT[bit] for bit in bits)
 
 
 _Handler = Callable[[NetModel, int, bytes], bool]

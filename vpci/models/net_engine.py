@@ -52,8 +52,15 @@ class NetEngine:
 
     @property
     def event_fd(self) -> int:
-        """Readable when something that was plugged in is lost."""
+        """Readable when there are troubles."""
         return int(lib.vpci_net_event_fd(self.state))
+
+    def troubles(self) -> dict[str, int]:
+        """What went wrong since the last look: errnos by their names in vpci_net_troubles, without those that are 0."""
+        found = ffi.new("vpci_net_troubles *")
+        lib.vpci_net_take_troubles(self.state, found)
+        every = {name: getattr(found, name) for name, _ in ffi.typeof("vpci_net_troubles").fields}
+        return {name: error for name, error in every.items() if error}
 
     def plug(self, port: int, fd: int) -> None:
         """Move frames on `fd`, which is the engine's from now on."""

@@ -57,6 +57,14 @@ typedef struct vpci_net_filter {
     uint8_t vlans[512];                    /* bit n & 7 of byte n / 8 */
 } vpci_net_filter;
 
+/* What went wrong since the last look: errnos, 0 = nothing. Each is told once: `refused` until the backend takes a frame
+ * of its peer's again, or another one is plugged in. */
+typedef struct vpci_net_troubles {
+    int32_t lost;       /* of the descriptor that went; 0 when nothing did */
+    int32_t refused;    /* of a frame that the backend did not take */
+    int32_t capture;    /* of the capture, which is over */
+} vpci_net_troubles;
+
 typedef struct vpci_net_stats {
     uint64_t rx_frames, rx_bytes, tx_frames, tx_bytes;
     uint64_t rx_starved;     /* times that frames had to wait for buffers */
@@ -93,7 +101,8 @@ int vpci_net_plug(vpci_net *net, uint32_t port, int fd);
 void vpci_net_unplug(vpci_net *net, uint32_t port);
 /* Whether something is plugged in; 0 once it was lost. */
 int vpci_net_is_plugged(vpci_net *net, uint32_t port);
-/* An eventfd that is readable when something was lost; the engine's. -errno when there is none to be had. */
+void vpci_net_take_troubles(vpci_net *net, vpci_net_troubles *troubles);
+/* An eventfd that is readable when there are troubles; the engine's. -errno when there is none to be had. */
 int vpci_net_event_fd(vpci_net *net);
 
 void vpci_net_set_filter(vpci_net *net, const vpci_net_filter *filter);
