@@ -331,6 +331,7 @@ def test_a_link_that_is_taken_down_is_one_interrupt(wired, msix):
     rig, _ = wired(features=STATUS | CTRL | ANNOUNCE, msix=msix)
     ctl = Ctl(rig.server)
     fd = rig.device.vector_fds[0] if msix else rig.device.intx_fd
+    assert rig.device.wait_until(lambda: rig.status() == 3, WAIT_S)  # the peer that came was told of
     for to, status, told in (("down", 0, 1), ("down", 0, 0), ("up", 3, 1)):
         rig.client.drain(fd)
         rig.device.end_intx()
