@@ -35,14 +35,23 @@ def frame(
 class NetRig:
     """`sets` are --set options; the backend is loop unless they say otherwise."""
 
-    def __init__(self, folder: Path, *sets: str, features: int = 0, shared: bool = True, **start: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *sets: str,
+        features: int = 0,
+        shared: bool = True,
+        transport: str = "own",
+        **start: Any,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "net.toml"
         path.write_text(CONFIG)
         self.function, self.registers, self.model = make_function(config.load(path, sets))
         self.reports: list[Report] = []
         self.lost: str | None = None
-        self.server = Server(self.function, self.registers, self.model, str(folder / "net.sock"), self.reports.append)
+        at = str(folder / "net.sock")
+        self.server = Server(self.function, self.registers, self.model, at, self.reports.append, transport)
         self.server.start()
         self.memory = Memory(32 << 20, shared=shared)
         self.clients: list[Client] = []
