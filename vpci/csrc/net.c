@@ -350,11 +350,11 @@ static void fill(const struct vpci_net *net, const vpci_host *host, vpci_chain *
     }
 }
 
-static void keep_frame(struct vpci_net *net, const vpci_queue *q, const struct iovec *iov, uint32_t n, uint32_t len)
+static void keep_frame(struct vpci_net *net, const vpci_queue *q, const struct iovec *iov, uint32_t len)
 {
     if (!net->capture)
         return;
-    bool kept = capture_add(net->capture, q->mem, iov, n, len);
+    bool kept = capture_add(net->capture, q->mem, iov, len, q->index % 2);
     ++*(kept ? &net->stats.captured : &net->stats.not_captured);
 }
 
@@ -374,7 +374,7 @@ static enum verdict deliver(struct vpci_net *net, const vpci_host *host, vpci_qu
     }
     net->stats.rx_frames++;
     net->stats.rx_bytes += f->len;
-    keep_frame(net, q, &(struct iovec){(void *)(uintptr_t)f->data, f->len}, 1, f->len);
+    keep_frame(net, q, &(struct iovec){(void *)(uintptr_t)f->data, f->len}, f->len);
     fill(net, host, chains, n, f);
     return TAKEN;
 }
@@ -667,7 +667,7 @@ static uint64_t settle(struct vpci_net *net, const vpci_host *host, vpci_queue *
         net->stats.tx_bytes += tx->out[i].failed ? 0 : tx->out[i].len;
         bytes += tx->out[i].len;
         if (!tx->out[i].failed)
-            keep_frame(net, q, tx->out[i].iov + 1, tx->out[i].n_iov - 1, tx->out[i].len);
+            keep_frame(net, q, tx->out[i].iov + 1, tx->out[i].len);
         host->done(tx->out[i].chain, 0);
     }
     if (tx->bad && sent == tx->n)
@@ -914,7 +914,7 @@ vpci_net *vpci_net_new(const vpci_net_setup *setup)
     net->header = HEADER;
     net->link = true;
     net->n_used = 1;
-    if (make(net, setup) && (setup->capture < 0 || (net->capture = capture_new(setup->capture, net->event_fd))))
+    if (make(net, setup) && (setup->capture < 0 || (net->capture = capture_new(setup, net->event_fd))))
         return net;
     vpci_net_free(net);
     return NULL;

@@ -85,12 +85,12 @@ void port_clear(struct port *p);
 struct capture;
 
 /* The fd is its own when it could be made; NULL when memory or threads are short. When it fails, event_fd is written. */
-struct capture *capture_new(int fd, int event_fd);
+struct capture *capture_new(const vpci_net_setup *setup, int event_fd);
 /* The errno that ended it; 0: it goes on. */
 int capture_error(struct capture *c);
 /* What was added is written first. */
 void capture_free(struct capture *c);
 /* Keep a frame of len bytes that lies in these pieces. Returns false when there is no room now, or the disk failed. */
-bool capture_add(struct capture *c, vpci_mem *mem, const struct iovec *iov, uint32_t n, uint32_t len);
+bool capture_add(struct capture *c, vpci_mem *mem, const struct iovec *iov, uint32_t len, bool outbound);
 
 #endif

@@ -25,7 +25,7 @@ from vpci.backends.net import DatagramWire, LoopWire, NullWire, StreamWire, Wire
 from vpci.backends.tap import TapWire
 from vpci.errors import BackendError, ConfigError
 from vpci.models.base import Chain, Host, Identity, Model, Operation, QueueSpec
-from vpci.models.net_engine import NetEngine
+from vpci.models.net_engine import Capture, NetEngine
 from vpci.spec import net
 from vpci.spec.features import ANY_LAYOUT, word_of
 
@@ -35,6 +35,7 @@ CONTROL_QUEUE_SIZE = 64
 TABLE = 64  # addresses of each kind that the filter holds; with more, all of the kind pass
 #: Of one command that much is read: a table of more addresses than anybody has.
 COMMAND_BYTES = 64 << 10
+SNAPLEN_MAX = 262144  # more than any frame has, and what tcpdump says
 _MAC = re.compile("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _OUI = bytes.fromhex("525400")
 
@@ -87,10 +88,14 @@ class NetSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capture: Annotated[
         str | None,
         Meta(
-            description="A pcap file of every frame that goes out and comes in, made anew at each start.",
+            description="A pcap file of every frame that goes out and comes in, made anew at each start; one whose "
+            "name ends in .pcapng also says which way each went.",
             examples=["net.pcap"],
         ),
     ] = None
+    snaplen: Annotated[
+        int, Meta(description="Of each frame the capture keeps that many bytes.", ge=1, le=SNAPLEN_MAX)
+    ] = SNAPLEN_MAX
     pairs: Annotated[
         int,
         Meta(
@@ -254,7 +259,8 @@ class NetModel(Model):
 
     def engine(self) -> NetEngine:
         wire = self.wire
-        capture, self._capture = self._capture, -1
+        capture = Capture(self._capture, self.section.snaplen, (self.section.capture or "").endswith(".pcapng"))
+        self._capture = -1
         self._engine = NetEngine(self, wire.kind, self.section.pairs, wire.n_ports, wire.peer, capture)
         return self._engine
 

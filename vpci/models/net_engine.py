@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vpci._core import ffi, lib
 from vpci.models.base import Model
@@ -12,18 +12,21 @@ from vpci.models.engine import EventEngine
 _TABLE_BYTES = 6 * lib.VPCI_NET_TABLE
 
 
+class Capture(NamedTuple):
+    """A descriptor for a file of frames, which the engine closes (-1: none); the bytes that are kept of each frame."""
+
+    fd: int = -1
+    snaplen: int = 0
+    is_pcapng: bool = False
+
+
 class NetEngine:
-    """The C engine and the thread behind it. `plug` and its like may be called from any thread.
+    """The C engine and the thread behind it. `plug` and its like may be called from any thread."""
 
-    `capture` is a descriptor for a pcap file, which the engine closes; -1 = none.
-    """
-
-    def __init__(
-        self, model: Model, kind: int, n_pairs: int, n_ports: int, peer: str | None, capture: int = -1
-    ) -> None:
+    def __init__(self, model: Model, kind: int, n_pairs: int, n_ports: int, peer: str | None, capture: Capture) -> None:
         self._control = EventEngine(model)
         text = ffi.new("char[]", peer.encode()) if peer else ffi.NULL
-        made = ffi.new("vpci_net_setup *", (n_pairs, kind, n_ports, text, self._control.state, capture))
+        made = ffi.new("vpci_net_setup *", (n_pairs, kind, n_ports, text, self._control.state, *capture))
         self.ops = lib.vpci_net_engine()
         self.state = lib.vpci_net_new(made)
         if self.state == ffi.NULL:

@@ -44,7 +44,9 @@ typedef struct vpci_net_setup {
     uint32_t n_ports;        /* 1: all pairs share it, and frames are steered; or n_pairs */
     const char *peer;        /* DATAGRAM: where frames go */
     vpci_handoff *control;   /* takes the chains of the control queue */
-    int capture;             /* a file for a pcap of what goes out and comes in, -1: none; the engine's if it is made */
+    int capture;             /* a file for what goes out and comes in, -1: none; the engine's if it is made */
+    uint32_t snaplen;        /* bytes of each frame that it keeps */
+    uint32_t pcapng;         /* 1: in the newer format */
 } vpci_net_setup;
 
 /* What is let through to the guest; Python makes it from the control queue's commands. */
