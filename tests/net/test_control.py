@@ -184,6 +184,29 @@ def test_unknown_commands_are_refused(asked, kind):
     assert rig.stats()["refused_commands"] == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "command_number", "right"),
+    [
+        *((0, mode, b"\1") for mode in range(6)),
+        (1, 0, macs(STRANGER) + macs(GROUP)),
+        (1, 1, STRANGER),
+        (2, 0, b"\1\0"),
+        (2, 1, b"\1\0"),
+        (3, 0, b""),
+        (4, 0, b"\2\0"),
+        (5, 0, bytes(8)),
+    ],
+)
+def test_a_command_of_another_length_is_refused_and_changes_nothing(asked, kind, command_number, right):
+    """O13."""
+    rig, command, _ = asked(CONTROL | ANNOUNCE | STATUS | MQ | OFFLOADS | GUEST_CSUM, "net.pairs=4")
+    before = rig.model.interface()
+    for wrong in ({right[:-1], right[:1], b"", right * 9} - {right}) | {right + b"\0"}:
+        assert command(kind, command_number, wrong) == ERR, wrong
+    assert rig.model.interface() == before
+    assert command(kind, command_number, right) == OK
+
+
 @pytest.mark.parametrize("data", [b"", b"\0"])
 def test_a_command_shorter_than_its_head_is_refused(asked, data):
     rig, _, _ = asked()

@@ -138,6 +138,40 @@ def test_a_pair_without_buffers_holds_frames_up_and_nothing_is_lost(wired):
     assert by_pair == [[], frames[::2], frames[1::2], []]
 
 
+def test_a_pair_that_is_stopped_by_itself_holds_nothing_up(wired):
+    rig, end = wired(f"net.pairs={PAIRS}", features=FEATURES, driver=False)
+    driver = Pairs(rig, room=0)
+    for pair in (1, 2):
+        driver.send(pair, ip_frame(pair, 80, reply=True))
+        assert end.receive()
+    driver.post(2, 8)
+    end.send(ip_frame(1, 80), ip_frame(2, 80))
+    driver.got(1)
+    end.send(ip_frame(2, 80))
+    rig.device.write("queue_select", 2)
+    rig.device.write("queue_pfn", 0)
+    assert len(driver.got(1)[2]) == 1
+    rig.wait_stats(rx_not_ready=1)
+
+
+def test_a_pair_whose_ring_is_broken_holds_nothing_up(wired):
+    rig, end = wired(f"net.pairs={PAIRS}", features=FEATURES, driver=False)
+    driver = Pairs(rig, room=0)
+    for pair in (1, 2):
+        driver.send(pair, ip_frame(pair, 80, reply=True))
+        assert end.receive()
+    driver.post(2, 8)
+    end.send(ip_frame(1, 80), ip_frame(2, 80))
+    driver.got(1)
+    end.send(ip_frame(1, 80), ip_frame(2, 80))
+    ring = rig.device.queues[2].ring
+    ring.avail_idx = 0xFFFF
+    rig.device.kick(2)
+    assert len(driver.got(1)[2]) == 1
+    assert [report.event for report in rig.reports if "ring" in report.event] == ["ring_error"]
+    rig.wait_stats(rx_not_ready=2)
+
+
 def test_a_pair_that_was_never_started_loses_its_frames_and_no_others(wired):
     rig, end = wired(f"net.pairs={PAIRS}", features=FEATURES, driver=False)
     rig.device.restart(FEATURES, msix=0, queues=(0, 1, 2 * PAIRS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import socket
 import struct
@@ -311,6 +312,38 @@ def test_an_interface_that_is_down_loses_frames_and_counts_them(make_net):
     assert rig.wait_events("frame_refused") == [{"backend": "tap", "errno": errno.EIO}]
     rig.stop()
     assert len(rig.events("frame_refused")) == 1
+
+
+def test_frames_for_a_driver_without_buffers_stay_with_the_kernel_which_bounds_and_counts_them(make_net, host):
+    rig = make_net("net.backend=tap", "net.tap=t0", driver=False)
+    end = host.up()
+    for n in range(3000):
+        end.send(frame(MAC, size=100, fill=n & 255))
+    rig.wait_stats(rx_starved=1)
+    (link,) = json.loads(ip("-j", "-s", "link", "show", "t0"))
+    assert 500 < link["stats64"]["tx"]["dropped"] < 3000
+    gpas = [rig.raw(0, (2000, True))[0] for _ in range(64)]
+    rig.used(0, 64)
+    assert [rig.memory.read(gpa + 109, 1)[0] for gpa in gpas] == list(range(64))
+
+
+def test_an_interface_that_is_deleted_under_load_is_survived(make_net, host):
+    ip("tuntap", "add", "t0", "mode", "tap")
+    rig = make_net("net.backend=tap", "net.tap=t0", features=STATUS)
+    end = host.up()
+    for n in range(200):
+        end.send(frame(MAC, fill=n & 255))
+        rig.driver.send(frame(fill=n & 255))
+        if n == 100:
+            ip("link", "del", "t0")
+            break
+    for _ in range(100):
+        rig.driver.send(frame())
+    assert rig.device.wait_until(lambda: rig.status() == 0, WAIT_S)
+    assert rig.stats()["tx_no_link"] + rig.stats()["tx_errors"] >= 99
+    assert len(rig.wait_events("backend_gone")) == rig.stats()["lost"] == 1
+    with pytest.raises(ConfigError, match="nosuch"):
+        rig.model.set_link("nosuch")
 
 
 def test_an_interface_that_is_deleted_takes_the_link_down_until_it_is_opened_again(make_net, host):

@@ -145,6 +145,35 @@ def test_a_slow_datagram_peer_holds_chains_in_the_ring_and_loses_nothing(mates):
     rig.used(1, 256)
 
 
+def test_a_datagram_peer_that_goes_while_chains_wait_for_it_lets_them_go(mates):
+    rig, mine, _ = mates
+    fill(rig, FRAMES[1], 256)
+    assert rig.device.wait_until(lambda: rig.stats()["tx_blocked"], WAIT_S)
+    mine.close()
+    rig.used(1, 256)
+    assert rig.stats()["tx_no_peer"] + rig.stats()["tx_frames"] == 256
+    assert rig.stats()["tx_no_peer"] > 0
+
+
+def test_datagrams_for_a_driver_without_buffers_stay_with_the_kernel_which_bounds_them(make_net, tmp_path):
+    rig = make_net("net.backend=datagram", f'net.path="{tmp_path}/a.sock"', driver=False)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.connect(f"{tmp_path}/a.sock")
+        sender.send(frame(fill=0))
+        rig.wait_stats(rx_starved=1)
+        for n in range(1, 2000):
+            try:
+                sender.send(frame(fill=n & 255))
+            except BlockingIOError:
+                break
+    assert n < 1999
+    for index in range(min(n, 64)):
+        gpa = rig.raw(0, (100, True))[0]
+        rig.used(0, index + 1)
+        assert rig.memory.read(gpa + 10, 60) == frame(fill=index)
+
+
 # -- stream -----------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +247,41 @@ def test_a_peer_that_goes_in_the_middle_of_a_frame_leaves_nothing_to_the_next(wi
     again.send(FRAMES[1])
     assert rig.received() == FRAMES[1]
     again.close()
+
+
+def test_a_peer_that_goes_while_chains_wait_for_it_lets_them_go(wired):
+    rig, end = wired()
+    fill(rig, frame(size=60000), 128)
+    assert rig.device.wait_until(lambda: rig.stats()["tx_blocked"], WAIT_S)
+    end.close()
+    rig.used(1, 128)
+    assert rig.stats()["tx_no_link"] + rig.stats()["tx_frames"] == 128
+    assert rig.stats()["lost"] == 1
+
+
+def test_a_peer_that_promises_a_frame_and_sends_none_of_it_holds_nothing_up(wired):
+    rig, end = wired()
+    end.socket.sendall(struct.pack(">I", 65600) + b"x" * 100)
+    for n in range(3):
+        rig.driver.send(FRAMES[n])
+        assert end.receive() == FRAMES[n]
+    rig.start()
+    rig.client.close()
+    rig.connect()
+    rig.start()
+    end.socket.sendall(b"x" * 65500)
+    end.send(FRAMES[1])
+    assert rig.received() == FRAMES[1]
+    assert rig.stats()["rx_too_long"] == 1
+    assert not [report for report in rig.reports if report.event.startswith("drain")]
+
+
+@pytest.mark.parametrize("size", [0, 1, 13])
+def test_a_length_too_short_for_a_frame_costs_that_frame_only(wired, size):
+    rig, end = wired()
+    end.send(b"x" * size, FRAMES[1])
+    assert rig.received() == FRAMES[1]
+    assert rig.stats()["rx_short"] == 1
 
 
 def test_a_second_peer_is_hung_up_on(wired):

@@ -88,6 +88,13 @@ static struct batch *batch_of(const struct vpci_net *net, const struct port *p)
     return &net->batches[p - net->ports];
 }
 
+/* Then whose frames they are was asked to look, and kicks when it has buffers for them. */
+static bool has_frames(const struct vpci_net *net, const struct port *p)
+{
+    const struct batch *b = batch_of(net, p);
+    return b->n_left && b->life == p->life;
+}
+
 static bool is_plugged(const struct port *p)
 {
     return !p->ops->has_fd || p->fd >= 0;
@@ -174,7 +181,7 @@ static void event(void *state, const vpci_host *host, int fd, uint32_t events)
             continue;
         p->hung_up |= (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
         p->readable |= (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
-        if (p->readable)
+        if (p->readable && !has_frames(net, p))
             look_at_rx(net, p);
         if (p->blocked && events & (EPOLLOUT | EPOLLHUP | EPOLLERR))
             unblock(net, p);
@@ -403,6 +410,10 @@ static bool hand_over(struct vpci_net *net, const vpci_host *host, vpci_queue *q
     if (reason)
         ++*reason;
     bool ended = reason || deliver(net, host, q, &f) == TAKEN;
+    if (!ended && q->broken) {
+        net->stats.rx_not_ready++;   /* since this very frame */
+        ended = true;
+    }
     b->n_held--;
     if (p->life != life)
         return true;
@@ -461,7 +472,7 @@ static uint32_t receive(struct vpci_net *net, const vpci_host *host, vpci_queue 
             return rc == 0 && p->readable && is_plugged(p) && !b->n_held ? VPCI_RUN_MORE : VPCI_RUN_QUIET;
         if (!take_share(net, host, q, p, &bytes))
             return VPCI_RUN_KICKS;
-        if (b->n_left && b->life == p->life)
+        if (has_frames(net, p))
             return VPCI_RUN_QUIET;   /* whoever ends the last one goes on */
     }
     return VPCI_RUN_MORE;

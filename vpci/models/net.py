@@ -400,8 +400,9 @@ class NetModel(Model):
         return True
 
     def _end_announce(self, command: int, data: bytes) -> bool:
-        asked, self._announce = self._announce, False
-        return asked and not data
+        asked = self._announce and not data
+        self._announce = self._announce and not asked
+        return asked
 
     def _set_pairs(self, command: int, data: bytes) -> bool:
         pairs = int.from_bytes(data, "little")
