@@ -123,6 +123,33 @@ def test_frames_to_nobody_are_dropped_and_the_next_peer_gets_its_own(mates):
         assert again.recv(65536) == FRAMES[2]
 
 
+def test_a_peer_that_is_back_gets_the_next_frame_and_is_heard_from_then_on(mates):
+    rig, mine, theirs = mates
+    path = mine.getsockname()
+    rig.driver.send(FRAMES[0])
+    assert mine.recv(65536) == FRAMES[0]
+    mine.close()
+    os.unlink(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as again:
+        again.settimeout(WAIT_S)
+        again.bind(path)
+        rig.driver.send(FRAMES[1])
+        assert again.recv(65536) == FRAMES[1]
+        again.sendto(FRAMES[2], theirs)
+        assert rig.received() == FRAMES[2]
+    assert rig.stats()["tx_no_peer"] == 0
+
+
+def test_nobody_but_the_peer_is_heard(mates):
+    rig, mine, theirs = mates
+    rig.driver.send(FRAMES[0])
+    assert mine.recv(65536) == FRAMES[0]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger, pytest.raises(PermissionError):
+        stranger.sendto(FRAMES[1], theirs)
+    mine.sendto(FRAMES[2], theirs)
+    assert rig.received() == FRAMES[2]
+
+
 def fill(rig, data: bytes, n: int) -> None:
     """Offer n frames at once on the send queue."""
     queue = rig.device.queues[1]

@@ -84,7 +84,8 @@ static int datagram_next(struct port *p, struct frame *f, uint32_t max)
     return next_in_row(p, f, max);
 }
 
-/* The peer's address is looked up again whenever it was lost: whoever binds it next is the peer. */
+/* The peer's address is looked up again whenever it was lost: whoever binds it next is the peer. Connected, for the kernel
+ * tells of room only then; it then also keeps everybody else's datagrams away from us. */
 static bool find_peer(struct port *p)
 {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
@@ -115,7 +116,6 @@ static int datagram_failed(struct port *p, struct out *out)
     }
     if (is_of_the_frame(errno))
         return fail_one(p, out, &p->stats->tx_errors);
-    p->connected = false;
     return fail_one(p, out, &p->stats->tx_no_peer);
 }
 
@@ -127,6 +127,9 @@ static int datagram_send(struct port *p, struct out *out, uint32_t n)
     for (uint32_t i = 0; i < n; i++)
         msgs[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = out[i].iov + 1, .msg_iovlen = out[i].n_iov - 1}};
     int sent = sendmmsg(p->fd, msgs, n, MSG_DONTWAIT | MSG_NOSIGNAL);
+    p->connected = sent > 0 || would_block() || is_of_the_frame(errno);
+    if (!p->connected && find_peer(p))   /* it went, and another is there already */
+        sent = sendmmsg(p->fd, msgs, n, MSG_DONTWAIT | MSG_NOSIGNAL);
     return sent > 0 ? sent : datagram_failed(p, out);
 }
 
