@@ -15,13 +15,13 @@ MakeNet = Callable[..., NetRig]
 
 
 @pytest.fixture
-def make_net(tmp_path: Path) -> Iterator[MakeNet]:
+def make_net(tmp_path: Path, transport: str) -> Iterator[MakeNet]:
     """make_net(*sets, features=, frame_max=, buffers=): a started NetRig."""
     with ExitStack() as stack:
         count = iter(range(1000))
 
         def make(*sets: str, **more: Any) -> NetRig:
-            rig = NetRig(tmp_path / f"net-{next(count)}", *sets, **more)
+            rig = NetRig(tmp_path / f"net-{next(count)}", *sets, transport=transport, **more)
             stack.callback(rig.close)
             return rig
 

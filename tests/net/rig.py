@@ -35,14 +35,23 @@ def frame(
 class NetRig:
     """`sets` are --set options; the backend is loop unless they say otherwise."""
 
-    def __init__(self, folder: Path, *sets: str, features: int = 0, shared: bool = True, **start: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *sets: str,
+        features: int = 0,
+        shared: bool = True,
+        transport: str = "own",
+        **start: Any,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "net.toml"
         path.write_text(CONFIG)
         self.function, self.registers, self.model = make_function(config.load(path, sets))
         self.reports: list[Report] = []
         self.lost: str | None = None
-        self.server = Server(self.function, self.registers, self.model, str(folder / "net.sock"), self.reports.append)
+        at = str(folder / "net.sock")
+        self.server = Server(self.function, self.registers, self.model, at, self.reports.append, transport)
         self.server.start()
         self.memory = Memory(32 << 20, shared=shared)
         self.clients: list[Client] = []
@@ -73,6 +82,15 @@ class NetRig:
         """Until the counters have these values."""
         assert self.device.wait_until(lambda: wanted.items() <= self.stats().items(), WAIT_S), (wanted, self.stats())
         return self.stats()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The facts of every event of this name so far."""
+        return [report.facts for report in list(self.reports) if report.event == name]
+
+    def wait_events(self, name: str, n: int = 1) -> list[dict[str, Any]]:
+        """The first n events of this name."""
+        assert self.device.wait_until(lambda: len(self.events(name)) >= n, WAIT_S), self.reports
+        return self.events(name)[:n]
 
     def received(self) -> bytes:
         """The next frame."""

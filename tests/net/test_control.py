@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 
 import pytest
@@ -24,7 +25,9 @@ from tests.net.rig import (
     frame,
 )
 from tests.net.rig import OTHER as NEIGHBOUR
+from vpci.ctl import Ctl
 from vpci.driver import Buffer
+from vpci.errors import ConfigError
 
 OK, ERR = 0, 1
 GROUP = bytes.fromhex("01005e000001")
@@ -181,6 +184,29 @@ def test_unknown_commands_are_refused(asked, kind):
     assert rig.stats()["refused_commands"] == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "command_number", "right"),
+    [
+        *((0, mode, b"\1") for mode in range(6)),
+        (1, 0, macs(STRANGER) + macs(GROUP)),
+        (1, 1, STRANGER),
+        (2, 0, b"\1\0"),
+        (2, 1, b"\1\0"),
+        (3, 0, b""),
+        (4, 0, b"\2\0"),
+        (5, 0, bytes(8)),
+    ],
+)
+def test_a_command_of_another_length_is_refused_and_changes_nothing(asked, kind, command_number, right):
+    """O13."""
+    rig, command, _ = asked(CONTROL | ANNOUNCE | STATUS | MQ | OFFLOADS | GUEST_CSUM, "net.pairs=4")
+    before = rig.model.interface()
+    for wrong in ({right[:-1], right[:1], b"", right * 9} - {right}) | {right + b"\0"}:
+        assert command(kind, command_number, wrong) == ERR, wrong
+    assert rig.model.interface() == before
+    assert command(kind, command_number, right) == OK
+
+
 @pytest.mark.parametrize("data", [b"", b"\0"])
 def test_a_command_shorter_than_its_head_is_refused(asked, data):
     rig, _, _ = asked()
@@ -279,6 +305,64 @@ def test_an_announcement_is_asked_for_until_it_is_acknowledged(asked):
     rig.model.set_link("up")
     rig.server.config_changed()
     assert rig.status() == 3
+
+
+def test_an_announcement_is_asked_for_of_a_driver_that_makes_them_on_a_link_that_is_up(asked):
+    rig, _, _ = asked(CTRL | STATUS)
+    with pytest.raises(ConfigError, match="GUEST_ANNOUNCE"):
+        rig.model.announce()
+    rig.start(CTRL | STATUS | ANNOUNCE)
+    rig.model.set_link("down")
+    with pytest.raises(ConfigError, match="a link that is up"):
+        rig.model.announce()
+
+
+def test_what_the_driver_asked_for_is_shown_and_forgotten_by_a_reset(asked):
+    rig, command, _ = asked(CONTROL | GUEST_CSUM | OFFLOADS | STATUS | MQ, "net.pairs=4")
+    ctl = Ctl(rig.server)
+
+    def shown() -> dict[str, object]:
+        return ctl.answer(b'{"op": "interface"}')["result"]
+
+    fresh = shown()
+    for kind, number, data in (
+        *((0, 0, b"\0"), (0, 1, b"\1"), (0, 5, b"\1"), (1, 0, macs(NEIGHBOUR) + macs(GROUP, GROUP)), (1, 1, STRANGER)),
+        *((2, 0, b"\7\0"), (2, 0, b"\xff\x0f"), (4, 0, b"\3\0"), (5, 0, bytes(8))),
+    ):
+        assert command(kind, number, data) == OK
+    assert shown() == {
+        "mac": STRANGER.hex(":"),
+        "link": True,
+        "carrier": True,
+        "announce": False,
+        "pairs": 3,
+        "modes": ["allmulti", "nobcast"],
+        "unicast": [NEIGHBOUR.hex(":")],
+        "multicast": [GROUP.hex(":")] * 2,
+        "overflow": [],
+        "vlans": [7, 4095],
+        "offloads": [],
+    }
+    assert fresh["offloads"] == ["GUEST_CSUM"]
+    rig.start(CONTROL | GUEST_CSUM | OFFLOADS | STATUS | MQ)
+    assert shown() == fresh | {"mac": MAC.hex(":")}
+
+
+@pytest.mark.parametrize("msix", [0, 3])
+def test_a_link_that_is_taken_down_is_one_interrupt(wired, msix):
+    """By the control socket, which tells the driver once however many bytes changed."""
+    rig, _ = wired(features=STATUS | CTRL | ANNOUNCE, msix=msix)
+    ctl = Ctl(rig.server)
+    fd = rig.device.vector_fds[0] if msix else rig.device.intx_fd
+    assert rig.device.wait_until(lambda: rig.status() == 3, WAIT_S)  # the peer that came was told of
+    for to, status, told in (("down", 0, 1), ("down", 0, 0), ("up", 3, 1)):
+        rig.client.drain(fd)
+        rig.device.end_intx()
+        before = rig.server.stats()["config_interrupts"]
+        assert ctl.answer(json.dumps({"op": "link", "args": [to]}).encode())["ok"]
+        assert rig.status() == status
+        assert rig.server.stats()["config_interrupts"] == before + told
+        assert rig.client.drain(fd) == told
 
 
 def test_guest_offloads_are_a_part_of_what_was_acked(asked):

@@ -157,6 +157,30 @@ def test_a_receive_buffer_that_cannot_hold_a_header_goes_back_empty(wired):
     assert rig.stats()["rx_bad_buffer"] == 2
 
 
+def test_a_chain_that_is_no_buffer_does_not_stand_in_the_way_of_a_long_frame(wired):
+    rig, end = wired(features=MRG, driver=False)
+    rig.raw(0, (200, True))
+    rig.raw(0, (b"readable", False))
+    end.send(frame(size=400), frame(size=60))
+    assert [rig.used(0, n).len for n in (1, 2)] == [0, 0]
+    rig.wait_stats(rx_bad_buffer=1, rx_starved=1)
+    for _ in range(3):
+        rig.raw(0, (300, True))
+    assert [rig.used(0, n).len for n in (3, 4, 5)] == [300, 112, 72]
+
+
+def test_a_frame_that_needs_more_buffers_than_one_may_take_is_dropped(wired):
+    """A ring of 2048 entries: the longest frame in buffers of 32 bytes would take 2051."""
+    rig, end = wired("queues.size=2048", features=MRG, driver=False)
+    queue, gpa = rig.device.queues[0], rig.memory.alloc(32)
+    for _ in range(2000):
+        queue.add([Buffer(gpa, 32, True)])
+    queue.publish()
+    end.send(frame(size=65600), frame(size=18))
+    assert rig.used(0, 1).len == 30
+    assert rig.stats()["rx_too_long"] == 1
+
+
 # -- checksums and segments ------------------------------------------------------------------------------------------
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
+import json
 import os
 import socket
 import struct
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.net.rig import CSUM, CTRL, GUEST_CSUM, MAC, MQ, MRG, OFFLOADS, STATUS, WAIT_S, frame, header
-from vpci.backends.tap import TapWire, _attached
-from vpci.errors import BackendError
+from vpci.backends.tap import TUN_F_UFO, TUNSETOFFLOAD, TapWire, _attached
+from vpci.errors import BackendError, ConfigError
 
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
-GUEST_TSO4, HOST_TSO4 = 1 << 7, 1 << 11
-NEEDS_CSUM, TCPV4 = 1, 1
+GSO, GUEST_TSO4, GUEST_ECN, HOST_TSO4 = 1 << 6, 1 << 7, 1 << 9, 1 << 11
+NEEDS_CSUM, TCPV4, ECN = 1, 1, 0x80
+SIOCETHTOOL, ETHTOOL_GTSO = 0x8946, 0x1E
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -176,6 +181,57 @@ def test_offloads_are_offered_as_the_header_allows(make_net):
     assert not make_net().device.offered_features() & 0x7FC0
 
 
+def test_what_a_tap_does_with_offloads_is_told(make_net):
+    (told,) = make_net("net.backend=tap", "net.tap=t0").wait_events("offloads")
+    assert (told["completed"], told["removed"]) == ([], [])
+    assert {"GSO", "GUEST_UFO", "HOST_TSO6", "CSUM", "GUEST_CSUM"} <= set(told["carried"])
+
+
+def test_what_the_kernel_refuses_is_not_offered_and_told(make_net, monkeypatch):
+    """As kernel 4.14 refused UFO."""
+    real = fcntl.ioctl
+
+    def without_ufo(fd: int, request: int, word: Any = 0) -> Any:
+        if request == TUNSETOFFLOAD and word & TUN_F_UFO:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, request, word)
+
+    monkeypatch.setattr(fcntl, "ioctl", without_ufo)
+    rig = make_net("net.backend=tap", "net.tap=t0")
+    (told,) = rig.wait_events("offloads")
+    assert told["removed"] == ["GUEST_UFO", "HOST_UFO"]
+    assert rig.device.offered_features() & 0x7FC0 == 0x7FC0 & ~(1 << 10 | 1 << 14)
+    with pytest.raises(ConfigError, match="does not carry"):
+        make_net("net.backend=tap", "net.tap=t1", "features.offer=['HOST_UFO']")
+
+
+def test_a_segment_of_udp_reaches_the_host_whole(make_net, host):
+    """UFO, which Linux gave up in 4.14 and older guests have."""
+    rig = make_net("net.backend=tap", "net.tap=t0", features=CSUM | 1 << 14)
+    end = host.up()
+    segment = frame(b"\xff" * 6, size=14, kind=b"\x08\x00") + ipv4(
+        17, struct.pack(">HHHH", 1, 2, 3008, 0) + bytes(3000)
+    )
+    rig.driver.send(segment, header(NEEDS_CSUM, 3, 1480, 34, 6))
+    assert end.receive() == segment
+    assert rig.stats()["tx_errors"] == rig.stats()["tx_bad_offload"] == 0
+
+
+def test_a_driver_that_acks_bit_30_loses_segments_too(make_net):
+    """C13."""
+    rig = make_net("net.backend=tap", "net.tap=t0")
+    rig.device.write("guest_features", 0xFFFFFFFF)
+    assert rig.device.read("guest_features") == 0x3821
+
+
+def test_an_interface_that_is_there_stays_when_it_is_opened_again(make_net, host):
+    rig = make_net("net.backend=tap", "net.tap=t0")
+    end = host.up()
+    rig.model.reopen()
+    exchange(rig, end)
+    assert rig.events("backend_gone") == []
+
+
 def test_a_segment_that_the_driver_leaves_to_us_reaches_the_host_whole(make_net, host):
     rig = make_net("net.backend=tap", "net.tap=t0", features=CSUM | HOST_TSO4)
     end = host.up()
@@ -183,6 +239,37 @@ def test_a_segment_that_the_driver_leaves_to_us_reaches_the_host_whole(make_net,
     rig.driver.send(segment, header(NEEDS_CSUM, TCPV4, 1400, 34, 16))
     assert end.receive() == segment
     assert rig.stats()["tx_errors"] == rig.stats()["checksums"] == 0
+
+
+def test_the_old_bit_gso_alone_stands_for_segments_of_every_type(make_net, host):
+    """Linux turns on TSO for it whatever else is offered."""
+    rig = make_net("net.backend=tap", "net.tap=t0", features=CSUM | GSO)
+    end = host.up()
+    segment = frame(b"\xff" * 6, size=14, kind=b"\x08\x00") + ipv4(6, tcp_header() + bytes(9000))
+    for ecn in (0, ECN):
+        rig.driver.send(segment, header(NEEDS_CSUM, TCPV4 | ecn, 1400, 34, 16))
+        assert end.receive() == segment
+    assert rig.stats()["tx_bad_offload"] == 0
+
+
+@pytest.mark.parametrize("kept", [GUEST_CSUM | GUEST_ECN, GUEST_CSUM, 0, GUEST_ECN])
+def test_offloads_that_the_driver_gives_up_are_the_kernels_again(make_net, host, kept):
+    """TUN_F_TSO_ECN without TSO is refused by the kernel, and must not keep TSO."""
+    rig = make_net(
+        "net.backend=tap", "net.tap=t0", features=MRG | CTRL | OFFLOADS | GUEST_CSUM | GUEST_TSO4 | GUEST_ECN
+    )
+    host.up()
+    assert takes_segments()
+    assert rig.command(5, 0, struct.pack("<Q", kept)) == 0
+    assert not takes_segments()
+
+
+def takes_segments() -> bool:
+    """Whether t0 takes segments of TCP from the host's kernel. [uapi ethtool.h, ETHTOOL_GTSO]"""
+    value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_GTSO, 0))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        fcntl.ioctl(asker, SIOCETHTOOL, struct.pack("16sQ16x", b"t0", ctypes.addressof(value)))
+    return bool(struct.unpack("II", value.raw[:8])[1])
 
 
 def tcp_header() -> bytes:
@@ -219,8 +306,44 @@ def test_a_broken_segment_is_refused_by_the_kernel_and_the_next_frame_goes(make_
 
 def test_an_interface_that_is_down_loses_frames_and_counts_them(make_net):
     rig = make_net("net.backend=tap", "net.tap=t0")
-    rig.driver.send(frame(b"\xff" * 6))
-    assert rig.stats()["tx_errors"] == 1
+    for n in range(3):
+        rig.driver.send(frame(b"\xff" * 6))
+        assert rig.stats()["tx_errors"] == n + 1
+    assert rig.wait_events("frame_refused") == [{"backend": "tap", "errno": errno.EIO}]
+    rig.stop()
+    assert len(rig.events("frame_refused")) == 1
+
+
+def test_frames_for_a_driver_without_buffers_stay_with_the_kernel_which_bounds_and_counts_them(make_net, host):
+    rig = make_net("net.backend=tap", "net.tap=t0", driver=False)
+    end = host.up()
+    for n in range(3000):
+        end.send(frame(MAC, size=100, fill=n & 255))
+    rig.wait_stats(rx_starved=1)
+    (link,) = json.loads(ip("-j", "-s", "link", "show", "t0"))
+    assert 500 < link["stats64"]["tx"]["dropped"] < 3000
+    gpas = [rig.raw(0, (2000, True))[0] for _ in range(64)]
+    rig.used(0, 64)
+    assert [rig.memory.read(gpa + 109, 1)[0] for gpa in gpas] == list(range(64))
+
+
+def test_an_interface_that_is_deleted_under_load_is_survived(make_net, host):
+    ip("tuntap", "add", "t0", "mode", "tap")
+    rig = make_net("net.backend=tap", "net.tap=t0", features=STATUS)
+    end = host.up()
+    for n in range(200):
+        end.send(frame(MAC, fill=n & 255))
+        rig.driver.send(frame(fill=n & 255))
+        if n == 100:
+            ip("link", "del", "t0")
+            break
+    for _ in range(100):
+        rig.driver.send(frame())
+    assert rig.device.wait_until(lambda: rig.status() == 0, WAIT_S)
+    assert rig.stats()["tx_no_link"] + rig.stats()["tx_errors"] >= 99
+    assert len(rig.wait_events("backend_gone")) == rig.stats()["lost"] == 1
+    with pytest.raises(ConfigError, match="nosuch"):
+        rig.model.set_link("nosuch")
 
 
 def test_an_interface_that_is_deleted_takes_the_link_down_until_it_is_opened_again(make_net, host):
@@ -231,6 +354,7 @@ def test_an_interface_that_is_deleted_takes_the_link_down_until_it_is_opened_aga
     assert rig.device.wait_until(lambda: rig.status() == 0, WAIT_S)
     rig.driver.send(frame())
     assert rig.stats()["tx_no_link"] == 1
+    assert rig.events("backend_gone")[0]["errno"] in (errno.EFAULT, errno.EBADFD)
     rig.model.reopen()
     assert rig.device.wait_until(lambda: rig.status() == 1, WAIT_S)
     host.close()

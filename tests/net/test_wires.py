@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -122,6 +123,33 @@ def test_frames_to_nobody_are_dropped_and_the_next_peer_gets_its_own(mates):
         assert again.recv(65536) == FRAMES[2]
 
 
+def test_a_peer_that_is_back_gets_the_next_frame_and_is_heard_from_then_on(mates):
+    rig, mine, theirs = mates
+    path = mine.getsockname()
+    rig.driver.send(FRAMES[0])
+    assert mine.recv(65536) == FRAMES[0]
+    mine.close()
+    os.unlink(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as again:
+        again.settimeout(WAIT_S)
+        again.bind(path)
+        rig.driver.send(FRAMES[1])
+        assert again.recv(65536) == FRAMES[1]
+        again.sendto(FRAMES[2], theirs)
+        assert rig.received() == FRAMES[2]
+    assert rig.stats()["tx_no_peer"] == 0
+
+
+def test_nobody_but_the_peer_is_heard(mates):
+    rig, mine, theirs = mates
+    rig.driver.send(FRAMES[0])
+    assert mine.recv(65536) == FRAMES[0]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger, pytest.raises(PermissionError):
+        stranger.sendto(FRAMES[1], theirs)
+    mine.sendto(FRAMES[2], theirs)
+    assert rig.received() == FRAMES[2]
+
+
 def fill(rig, data: bytes, n: int) -> None:
     """Offer n frames at once on the send queue."""
     queue = rig.device.queues[1]
@@ -142,6 +170,35 @@ def test_a_slow_datagram_peer_holds_chains_in_the_ring_and_loses_nothing(mates):
     for _ in range(256):
         assert mine.recv(65536) == FRAMES[1]
     rig.used(1, 256)
+
+
+def test_a_datagram_peer_that_goes_while_chains_wait_for_it_lets_them_go(mates):
+    rig, mine, _ = mates
+    fill(rig, FRAMES[1], 256)
+    assert rig.device.wait_until(lambda: rig.stats()["tx_blocked"], WAIT_S)
+    mine.close()
+    rig.used(1, 256)
+    assert rig.stats()["tx_no_peer"] + rig.stats()["tx_frames"] == 256
+    assert rig.stats()["tx_no_peer"] > 0
+
+
+def test_datagrams_for_a_driver_without_buffers_stay_with_the_kernel_which_bounds_them(make_net, tmp_path):
+    rig = make_net("net.backend=datagram", f'net.path="{tmp_path}/a.sock"', driver=False)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.connect(f"{tmp_path}/a.sock")
+        sender.send(frame(fill=0))
+        rig.wait_stats(rx_starved=1)
+        for n in range(1, 2000):
+            try:
+                sender.send(frame(fill=n & 255))
+            except BlockingIOError:
+                break
+    assert n < 1999
+    for index in range(min(n, 64)):
+        gpa = rig.raw(0, (100, True))[0]
+        rig.used(0, index + 1)
+        assert rig.memory.read(gpa + 10, 60) == frame(fill=index)
 
 
 # -- stream -----------------------------------------------------------------------------------------------------------
@@ -219,6 +276,41 @@ def test_a_peer_that_goes_in_the_middle_of_a_frame_leaves_nothing_to_the_next(wi
     again.close()
 
 
+def test_a_peer_that_goes_while_chains_wait_for_it_lets_them_go(wired):
+    rig, end = wired()
+    fill(rig, frame(size=60000), 128)
+    assert rig.device.wait_until(lambda: rig.stats()["tx_blocked"], WAIT_S)
+    end.close()
+    rig.used(1, 128)
+    assert rig.stats()["tx_no_link"] + rig.stats()["tx_frames"] == 128
+    assert rig.stats()["lost"] == 1
+
+
+def test_a_peer_that_promises_a_frame_and_sends_none_of_it_holds_nothing_up(wired):
+    rig, end = wired()
+    end.socket.sendall(struct.pack(">I", 65600) + b"x" * 100)
+    for n in range(3):
+        rig.driver.send(FRAMES[n])
+        assert end.receive() == FRAMES[n]
+    rig.start()
+    rig.client.close()
+    rig.connect()
+    rig.start()
+    end.socket.sendall(b"x" * 65500)
+    end.send(FRAMES[1])
+    assert rig.received() == FRAMES[1]
+    assert rig.stats()["rx_too_long"] == 1
+    assert not [report for report in rig.reports if report.event.startswith("drain")]
+
+
+@pytest.mark.parametrize("size", [0, 1, 13])
+def test_a_length_too_short_for_a_frame_costs_that_frame_only(wired, size):
+    rig, end = wired()
+    end.send(b"x" * size, FRAMES[1])
+    assert rig.received() == FRAMES[1]
+    assert rig.stats()["rx_short"] == 1
+
+
 def test_a_second_peer_is_hung_up_on(wired):
     rig, end = wired()
     second = StreamEnd.connected(Path(rig.model.wire.path))
@@ -264,6 +356,62 @@ def test_two_devices_are_wired_together(make_net, tmp_path):
         assert two.received() == data
         two.driver.send(data)
         assert one.received() == data
+
+
+# -- what is told --------------------------------------------------------------------------------------------------------
+
+SEGMENTS = ["GSO", *(f"{who}_{what}" for who in ("GUEST", "HOST") for what in ("TSO4", "TSO6", "ECN", "UFO"))]
+
+
+def test_what_a_backend_does_with_offloads_is_told_once(make_net, tmp_path):
+    for backend in ("loop", "stream"):
+        rig = make_net(f"net.backend={backend}", *([f'net.path="{tmp_path}/w"'] if backend == "stream" else []))
+        told = {"backend": backend, "carried": [], "completed": ["CSUM", "GUEST_CSUM"], "removed": SEGMENTS}
+        assert rig.wait_events("offloads") == [told]
+        rig.stop()
+        assert len(rig.events("offloads")) == 1
+        (text,) = [report.text for report in rig.reports if report.event == "offloads"]
+        assert "done here: CSUM GUEST_CSUM; not offered, for its frames have no header for segments: GSO GUEST_" in text
+
+
+def test_why_a_peer_went_is_told_and_that_it_came_back(wired):
+    rig, end = wired()
+    end.close()
+    assert rig.wait_events("backend_gone") == [{"backend": "stream", "errno": errno.ECONNRESET}]
+    again = StreamEnd.connected(Path(rig.model.wire.path))
+    assert rig.wait_events("backend_there", 2) == [{"backend": "stream"}] * 2
+    again.socket.sendall(b"\xff" * 4)
+    assert rig.wait_events("backend_gone", 2)[1]["errno"] == errno.EPROTO
+    again.close()
+
+
+def test_a_peer_that_was_refused_is_told_and_counted(wired):
+    rig, _ = wired()
+    for n in (1, 2):
+        second = StreamEnd.connected(Path(rig.model.wire.path))
+        assert rig.wait_events("peer_refused", n)[-1] == {"backend": "stream", "refused": n}
+        assert rig.stats()["refused_peers"] == n
+        second.close()
+    assert rig.events("backend_gone") == []
+
+
+def test_that_nobody_takes_datagrams_is_told_once_each_time(mates):
+    rig, mine, _ = mates
+    path = mine.getsockname()
+    for n in (1, 2):
+        rig.driver.send(FRAMES[0])
+        assert mine.recv(65536) == FRAMES[0]
+        mine.close()
+        os.unlink(path)
+        for _ in range(5):
+            rig.driver.send(FRAMES[0])
+        assert rig.wait_stats(tx_no_peer=5 * n)
+        assert [facts["backend"] for facts in rig.wait_events("frame_refused", n)] == ["datagram"] * n
+        mine = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        mine.settimeout(WAIT_S)
+        mine.bind(path)
+    assert len(rig.events("frame_refused")) == 2
+    mine.close()
 
 
 # -- the ends of a device's life ---------------------------------------------------------------------------------------

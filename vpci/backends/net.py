@@ -29,7 +29,9 @@ class Wire(Protocol):
     kind: int  # enum vpci_port_kind
     n_ports: int
     peer: str | None  # where datagrams go
-    has_vnet: bool
+    carries: frozenset[int]  # feature bits of offloads that it passes through
+    lacks: str  # why it does not carry the others
+    refused: int  # peers that were hung up on
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:
         """Plug in what there is: plug(port, fd) gives the fd away. `watch` is that of models.base.Host."""
@@ -50,8 +52,10 @@ class Wire(Protocol):
 class NullWire:
     """Takes every frame and gives none."""
 
-    kind, n_ports, has_vnet = lib.VPCI_PORT_NULL, 1, False
+    kind, n_ports, refused = lib.VPCI_PORT_NULL, 1, 0
     peer: str | None = None
+    carries: frozenset[int] = frozenset()
+    lacks = "its frames have no header for segments"
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:
         """It needs nothing."""
@@ -107,7 +111,6 @@ class StreamWire(NullWire):
         self._listener: socket.socket | None = None
         if path:
             self._listener = listen(self.path)
-        self.refused = 0
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:
         self._plug, self._is_plugged = plug, is_plugged

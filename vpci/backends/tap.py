@@ -15,9 +15,12 @@ from collections.abc import Sequence
 from vpci._core import lib
 from vpci.backends.net import IsPlugged, Plug, Watch
 from vpci.errors import BackendError
+from vpci.spec import net
 
 TUN = "/dev/net/tun"
 TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ, TUNSETQUEUE = 0x400454CA, 0x800454D2, 0x400454D8, 0x400454D9
+TUNSETOFFLOAD = 0x400454D0
+TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN, TUN_F_UFO = 0x1, 0x2, 0x4, 0x8, 0x10
 IFF_TAP, IFF_NO_PI, IFF_MULTI_QUEUE, IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE = 0x2, 0x1000, 0x100, 0x200, 0x400
 IFF_VNET_HDR = 0x4000
 _IFREQ = struct.Struct("16sH22x")
@@ -29,23 +32,35 @@ _HINTS = {
 }
 
 
+#: What the kernel is asked whether it gives us; what it gives it also takes, so both directions stand for it.
+_PROBES = {
+    TUN_F_CSUM | TUN_F_TSO4: (net.F_GUEST_TSO4, net.F_HOST_TSO4),
+    TUN_F_CSUM | TUN_F_TSO6: (net.F_GUEST_TSO6, net.F_HOST_TSO6),
+    TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO_ECN: (net.F_GUEST_ECN, net.F_HOST_ECN),
+    TUN_F_CSUM | TUN_F_UFO: (net.F_GUEST_UFO, net.F_HOST_UFO),
+}
+
+
 class TapWire:
     """`pairs` queues of the interface `name`, or the queues that `fds` are."""
 
     peer: str | None = None
+    refused = 0
 
     def __init__(self, name: str | None, fds: Sequence[int], pairs: int) -> None:
         self.name, self.n_ports = name or "", pairs
         self._fds = [_taken(fd) for fd in fds] if fds else _opened(self.name, pairs)
         try:
-            self.has_vnet = _prepare(self._fds)
+            self._has_vnet = _prepare(self._fds)
+            self.carries = _offloads(self._fds[0]) if self._has_vnet else frozenset()
         except BaseException:
             self.close()
             raise
-        self.kind = lib.VPCI_PORT_TAP_VNET if self.has_vnet else lib.VPCI_PORT_TAP
+        self.kind = lib.VPCI_PORT_TAP_VNET if self._has_vnet else lib.VPCI_PORT_TAP
+        self.lacks = "the kernel refuses them" if self._has_vnet else "its descriptors have no IFF_VNET_HDR"
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:
-        self._plug = plug
+        self._plug, self._is_plugged = plug, is_plugged
         self._plug_all()
 
     def _plug_all(self) -> None:
@@ -67,13 +82,15 @@ class TapWire:
                     raise BackendError(self.name, error.errno or 0, f"cannot attach queue {index}") from error
 
     def reopen(self) -> None:
-        """An interface that was deleted, again by its name. BackendError when that cannot be."""
+        """An interface that was deleted, again by its name; one that is there is left alone. BackendError."""
+        if all(self._is_plugged(port) for port in range(self.n_ports)):
+            return
         if not self.name:
             raise BackendError(TUN, 0, "descriptors that were given cannot be opened again")
         self._close_fds()
         self._fds = _opened(self.name, self.n_ports)
-        if _prepare(self._fds) != self.has_vnet:
-            raise BackendError(self.name, 0, "it is there again, but not with the same kind of header")
+        if _prepare(self._fds) != self._has_vnet or (self._has_vnet and _offloads(self._fds[0]) != self.carries):
+            raise BackendError(self.name, 0, "it is there again, but not with the same header and offloads")
         self._plug_all()
 
     def close(self) -> None:
@@ -139,3 +156,18 @@ def _prepare(fds: Sequence[int]) -> bool:
     if len(found) != 1:
         raise BackendError("net.fds", 0, "some of the queues have the virtio header and some have not")
     return found.pop()
+
+
+def _offloads(fd: int) -> frozenset[int]:
+    """The feature bits that the kernel passes through on an interface with header; it is left with none of them."""
+    carried = {net.F_GSO}
+    for word, bits in _PROBES.items():
+        try:
+            fcntl.ioctl(fd, TUNSETOFFLOAD, word)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise BackendError(f"fd {fd}", error.errno or 0, "cannot ask for its offloads") from error
+        else:
+            carried.update(bits)
+    fcntl.ioctl(fd, TUNSETOFFLOAD, 0)
+    return frozenset(carried)

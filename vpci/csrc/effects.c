@@ -5,7 +5,8 @@
 void effects_stop_queue(vpci_queue *q)
 {
     vpci_queue_stop(q);
-    q->draining = q->runnable = q->dirty = false;
+    q->draining = q->dirty = false;
+    q->runnable = q->engine->run != NULL;   /* it may have something to throw away, and others wait behind that */
 }
 
 static void fx_queue_stop(struct vpci_dev *dev, vpci_queue *q, const vpci_effect *fx)

@@ -6,12 +6,15 @@
  * queue by that queue's own calls only: in take() the lock may be let go of, for far memory. */
 #include "port.h"
 
+#include <netinet/in.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 
-enum { HEADER = 10, HEADER_MRG = 12, GSO_NONE = 0, GSO_ECN = 0x80, NEEDS_CSUM = 1 };
+enum { HEADER = 10, HEADER_MRG = 12, GSO_NONE = 0, GSO_ECN = 0x80 };
+enum { NEEDS_CSUM = 1, DATA_VALID = 2 };
 enum { LOOK_FRAMES = 64, LOOK_BYTES = 1 << 20, MAX_CHAINS = 1024, ARENA = 1024, MAX_PIECES = 256 };
-enum { ETH_TYPE = 12, ETH_TAGGED = 18, VLAN_TAG = 0x8100 };
+enum { ETH_TYPE = 12, ETH_TAGGED = 18, VLAN_TAG = 0x8100, IP4 = 0x0800, IP6 = 0x86dd };
+enum { FLOWS = 1024, FLOW_BYTES = 96 };
 
 /* A batch on its way out. */
 struct tx {
@@ -30,10 +33,26 @@ struct pair {
     vpci_chain *chains[MAX_CHAINS];   /* of the frame that is being received */
 };
 
+/* Frames that came out of a port together, each for one pair: they stay in the port's buffer until the last is done
+ * with, so that each pair gets its share in one batch. A pair without buffers holds up what comes behind them. */
+struct batch {
+    struct frame frames[LOOK_FRAMES];
+    uint8_t pairs[LOOK_FRAMES];
+    uint8_t states[LOOK_FRAMES];      /* enum frame_state */
+    uint32_t n, n_left;               /* there, and not DONE */
+    uint32_t n_held;                  /* on their way, also of the life before */
+    uint32_t life;                    /* the port's */
+};
+
+enum frame_state { WAITING, HELD, DONE };
+
 struct vpci_net {
     vpci_dev *dev;
     uint32_t n_pairs, n_ports;
+    uint32_t n_used;              /* pairs that the driver uses */
+    uint8_t flows[FLOWS];         /* the pair that sent last, plus 1; 0: none did */
     struct port *ports;
+    struct batch *batches;        /* one a port */
     struct pair **pairs;
     vpci_handoff *control;
     uint64_t features;
@@ -43,6 +62,8 @@ struct vpci_net {
     bool link;
     int event_fd;
     struct capture *capture;      /* NULL: none */
+    bool capture_told;
+    vpci_net_troubles troubles;
     vpci_net_filter filter;
     vpci_net_stats stats;
 };
@@ -62,6 +83,18 @@ static struct port *port_of(struct vpci_net *net, uint32_t pair)
     return &net->ports[net->n_ports > 1 ? pair : 0];
 }
 
+static struct batch *batch_of(const struct vpci_net *net, const struct port *p)
+{
+    return &net->batches[p - net->ports];
+}
+
+/* Then whose frames they are was asked to look, and kicks when it has buffers for them. */
+static bool has_frames(const struct vpci_net *net, const struct port *p)
+{
+    const struct batch *b = batch_of(net, p);
+    return b->n_left && b->life == p->life;
+}
+
 static bool is_plugged(const struct port *p)
 {
     return !p->ops->has_fd || p->fd >= 0;
@@ -73,6 +106,12 @@ static void look_at_rx(struct vpci_net *net, const struct port *p)
 {
     if (net->dev)
         watch_look(net->dev, (uint32_t)(2 * (p - net->ports)));
+}
+
+static void look_at_all_rx(struct vpci_net *net)
+{
+    for (uint32_t i = 0; net->dev && i < net->n_pairs; i++)
+        watch_look(net->dev, 2 * i);
 }
 
 static void look_at_tx(struct vpci_net *net)
@@ -94,13 +133,19 @@ static void unplug(struct vpci_net *net, struct port *p)
         look_at_tx(net);
 }
 
-static void lose(struct vpci_net *net, struct port *p)
+static void tell_trouble(struct vpci_net *net, int32_t *which, int error)
 {
     uint64_t one = 1;
-    net->stats.lost++;
-    unplug(net, p);
+    *which = error;
     ssize_t n = write(net->event_fd, &one, sizeof(one));
     (void)n;
+}
+
+static void lose(struct vpci_net *net, struct port *p, int error)
+{
+    net->stats.lost++;
+    unplug(net, p);
+    tell_trouble(net, &net->troubles.lost, -error);
 }
 
 static const vpci_engine engine;
@@ -108,15 +153,17 @@ static const vpci_engine engine;
 static void watch(struct vpci_net *net, struct port *p)
 {
     uint32_t events = EPOLLIN | EPOLLRDHUP | (p->blocked ? (uint32_t)EPOLLOUT : 0u);
-    if (watch_add(net->dev, &engine, net, p->fd, events) < 0)
-        lose(net, p);
+    int rc = watch_add(net->dev, &engine, net, p->fd, events);
+    if (rc < 0)
+        lose(net, p, rc);
 }
 
 static void unblock(struct vpci_net *net, struct port *p)
 {
     p->blocked = false;
-    if (p->ops->flush && p->ops->flush(p) < 0) {
-        lose(net, p);
+    int rc = p->ops->flush ? p->ops->flush(p) : 0;
+    if (rc < 0) {
+        lose(net, p, rc);
         return;
     }
     watch(net, p);
@@ -134,7 +181,7 @@ static void event(void *state, const vpci_host *host, int fd, uint32_t events)
             continue;
         p->hung_up |= (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
         p->readable |= (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
-        if (p->readable)
+        if (p->readable && !has_frames(net, p))
             look_at_rx(net, p);
         if (p->blocked && events & (EPOLLOUT | EPOLLHUP | EPOLLERR))
             unblock(net, p);
@@ -180,6 +227,76 @@ static bool passes(const vpci_net_filter *f, const struct frame *frame)
     return !f->nouni && (f->alluni || !memcmp(f->mac, mac, 6) || is_listed(f->unicast, f->n_unicast, mac));
 }
 
+/* ---- which pair: where several share a port, the one that sent last to where the frame comes from ---- */
+
+static uint32_t mix(uint32_t hash, uint32_t word)
+{
+    hash = (hash ^ word) * 0x9e3779b1u;   /* 2^32 by the golden ratio */
+    return hash ^ hash >> 15;
+}
+
+/* The same for both directions. */
+static uint32_t mix_ends(uint32_t hash, const uint8_t *from, const uint8_t *to, uint32_t n)
+{
+    for (uint32_t i = 0; i + 1 < n; i += 2)
+        hash = mix(hash, (uint32_t)(from[i] ^ to[i]) << 8 | (from[i + 1] ^ to[i + 1]));
+    return hash;
+}
+
+static uint32_t word_at(const uint8_t *p)
+{
+    return (uint32_t)(p[0] << 8 | p[1]);
+}
+
+/* `head`: bytes of the IP header, or 0: this is none; `from`: where the addresses are, `size` bytes each. */
+static uint32_t flow_of_ip(const uint8_t *ip, uint32_t len, uint32_t head, uint32_t from, uint32_t size, uint8_t protocol)
+{
+    uint32_t hash = mix_ends(protocol, ip + from, ip + from + size, size);
+    bool whole = size > 4 || !(word_at(ip + 6) & 0x3fff);   /* fragments of one packet must not part */
+    bool has_ports = (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP) && whole && len >= head + 4;
+    return has_ports ? mix_ends(hash, ip + head, ip + head + 2, 2) : hash;
+}
+
+uint32_t vpci_net_flow(const uint8_t *frame, uint32_t len)
+{
+    uint32_t at = len >= ETH_TAGGED && word_at(frame + ETH_TYPE) == VLAN_TAG ? ETH_TAGGED : VPCI_NET_FRAME_MIN;
+    uint32_t type = word_at(frame + at - 2), n = len - at;
+    const uint8_t *ip = frame + at;
+    if (type == IP4 && n >= 20)
+        return flow_of_ip(ip, n, (ip[0] & 15u) * 4, 12, 4, ip[9]);
+    if (type == IP6 && n >= 40)
+        return flow_of_ip(ip, n, 40, 8, 16, ip[6]);
+    return mix_ends(type, frame, frame + 6, 6);
+}
+
+static bool is_steered(const struct vpci_net *net)
+{
+    return net->n_ports == 1 && net->n_used > 1;
+}
+
+static uint32_t steer(const struct vpci_net *net, const struct frame *f)
+{
+    if (!is_steered(net) || f->len < VPCI_NET_FRAME_MIN)
+        return 0;
+    uint32_t flow = vpci_net_flow(f->data, f->len), pair = net->flows[flow % FLOWS];
+    return pair ? pair - 1 : flow / FLOWS % net->n_used;
+}
+
+static void learn(struct vpci_net *net, const vpci_host *host, const vpci_chain *chain, uint32_t pair)
+{
+    uint8_t head[FLOW_BYTES];
+    uint32_t len = host->read(chain, net->header, head, sizeof(head));
+    if (len >= VPCI_NET_FRAME_MIN)
+        net->flows[vpci_net_flow(head, len) % FLOWS] = (uint8_t)(pair + 1);
+}
+
+/* Fewer pairs may be in use than when the frame came. */
+static uint32_t pair_of(const struct vpci_net *net, const struct port *p, uint32_t i)
+{
+    uint32_t pair = batch_of(net, p)->pairs[i];
+    return net->n_ports > 1 ? (uint32_t)(p - net->ports) : pair < net->n_used ? pair : 0;
+}
+
 /* ---- receiving ---- */
 
 static bool may_be_offloaded(uint64_t offloads, const struct vnet_header *h)
@@ -189,10 +306,20 @@ static bool may_be_offloaded(uint64_t offloads, const struct vnet_header *h)
     uint8_t type = h->gso_type & (uint8_t)~GSO_ECN;
     if (h->flags & NEEDS_CSUM && !has(offloads, VPCI_NET_F_GUEST_CSUM))
         return false;
+    if (h->gso_type & GSO_ECN && !has(offloads, VPCI_NET_F_GUEST_ECN))
+        return false;
     return type == GSO_NONE || (type < sizeof(bit_of) && bit_of[type] && has(offloads, bit_of[type]));
 }
 
-/* Chains with room for n bytes, 1 or, with MRG_RXBUF, as many as it takes. Returns how many; their room in *room. */
+static void give_empty(const vpci_host *host, vpci_chain **chains, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        host->done(chains[i], 0);
+}
+
+/* Chains with room for n bytes, 1 or, with MRG_RXBUF, as many as it takes. Returns how many; their room in *room. A frame
+ * lies in chains that follow each other, so one that is no buffer goes back empty with those that were taken before it:
+ * else it would stand in the way of every long frame. */
 static uint32_t take_chains(struct vpci_net *net, const vpci_host *host, vpci_queue *q, vpci_chain **chains, uint64_t n,
                             uint64_t *room)
 {
@@ -202,17 +329,13 @@ static uint32_t take_chains(struct vpci_net *net, const vpci_host *host, vpci_qu
         if (!chain)
             break;
         bool bad = chain->error || chain->in_len < (taken ? 1 : net->header);
-        if (bad && taken) {
-            host->put_back(q, chain);   /* it is the next one's first, and ends there */
-            break;
-        }
+        chains[taken++] = chain;
+        *room = bad ? 0 : *room + chain->in_len;
         if (bad) {
             net->stats.rx_bad_buffer++;
-            host->done(chain, 0);
-            continue;
+            give_empty(host, chains, taken);
+            taken = 0;
         }
-        chains[taken++] = chain;
-        *room += chain->in_len;
     }
     return taken;
 }
@@ -223,6 +346,7 @@ static void fill(const struct vpci_net *net, const vpci_host *host, vpci_chain *
     uint8_t header[HEADER_MRG] = {0};
     uint16_t num_buffers = (uint16_t)n;
     memcpy(header, &f->vnet, HEADER);
+    header[0] &= has(net->offloads, VPCI_NET_F_GUEST_CSUM) ? NEEDS_CSUM | DATA_VALID : 0;
     memcpy(header + HEADER, &num_buffers, sizeof(num_buffers));
     host->write(chains[0], 0, header, net->header);
     for (uint32_t i = 0, at = 0, skip = net->header; i < n; i++, skip = 0) {
@@ -233,11 +357,11 @@ static void fill(const struct vpci_net *net, const vpci_host *host, vpci_chain *
     }
 }
 
-static void keep_frame(struct vpci_net *net, const vpci_queue *q, const struct iovec *iov, uint32_t n, uint32_t len)
+static void keep_frame(struct vpci_net *net, const vpci_queue *q, const struct iovec *iov, uint32_t len)
 {
     if (!net->capture)
         return;
-    bool kept = capture_add(net->capture, q->mem, iov, n, len);
+    bool kept = capture_add(net->capture, q->mem, iov, len, q->index % 2);
     ++*(kept ? &net->stats.captured : &net->stats.not_captured);
 }
 
@@ -247,9 +371,9 @@ static enum verdict deliver(struct vpci_net *net, const vpci_host *host, vpci_qu
 {
     vpci_chain **chains = net->pairs[q->index / 2]->chains;
     uint64_t need = (uint64_t)net->header + f->len, room;
-    uint32_t n = take_chains(net, host, q, chains, need, &room);
+    uint32_t n = take_chains(net, host, q, chains, need, &room), most = q->size < MAX_CHAINS ? q->size : MAX_CHAINS;
     if (room < need) {
-        bool may_grow = !n || (has(net->features, VPCI_NET_F_MRG_RXBUF) && n < q->size);
+        bool may_grow = !n || (has(net->features, VPCI_NET_F_MRG_RXBUF) && n < most);
         ++*(may_grow ? &net->stats.rx_starved : &net->stats.rx_too_long);
         while (n)
             host->put_back(q, chains[--n]);
@@ -257,7 +381,7 @@ static enum verdict deliver(struct vpci_net *net, const vpci_host *host, vpci_qu
     }
     net->stats.rx_frames++;
     net->stats.rx_bytes += f->len;
-    keep_frame(net, q, &(struct iovec){(void *)(uintptr_t)f->data, f->len}, 1, f->len);
+    keep_frame(net, q, &(struct iovec){(void *)(uintptr_t)f->data, f->len}, f->len);
     fill(net, host, chains, n, f);
     return TAKEN;
 }
@@ -274,25 +398,82 @@ static uint64_t *refusal(struct vpci_net *net, const vpci_queue *q, const struct
     return may_be_offloaded(net->offloads, &f->vnet) ? NULL : &net->stats.rx_bad_offload;
 }
 
+/* Does the frame come to its end? Returns false when it has to wait. What was plugged in may go meanwhile. */
+static bool hand_over(struct vpci_net *net, const vpci_host *host, vpci_queue *q, struct port *p, uint32_t i)
+{
+    struct batch *b = batch_of(net, p);
+    const struct frame f = b->frames[i];
+    uint32_t life = p->life;
+    b->states[i] = HELD;
+    b->n_held++;
+    uint64_t *reason = refusal(net, q, &f);
+    if (reason)
+        ++*reason;
+    bool ended = reason || deliver(net, host, q, &f) == TAKEN;
+    if (!ended && q->broken) {
+        net->stats.rx_not_ready++;   /* since this very frame */
+        ended = true;
+    }
+    b->n_held--;
+    if (p->life != life)
+        return true;
+    b->states[i] = ended ? DONE : WAITING;
+    b->n_left -= ended;
+    while (!b->n_left && b->n--)
+        p->ops->drop(p);
+    b->n = b->n_left ? b->n : 0;
+    return ended;
+}
+
+/* A batch, if the last one is done with, for `pair` and others. Returns whether frames are there: 1, 0, or < 0: what was
+ * plugged in is lost. */
+static int refill(struct vpci_net *net, struct port *p, uint32_t pair)
+{
+    struct batch *b = batch_of(net, p);
+    if (b->life != p->life)
+        b->n = b->n_left = 0;
+    b->life = p->life;
+    if (b->n_left || b->n_held)
+        return b->n_left != 0;   /* whoever has one of a life that is over goes on when it is done */
+    int got = is_plugged(p) ? p->ops->next(p, b->frames, LOOK_FRAMES) : 0;
+    if (got < 0)
+        lose(net, p, got);
+    b->n = b->n_left = got > 0 ? (uint32_t)got : 0;
+    for (uint32_t i = 0; i < b->n; i++) {
+        b->states[i] = WAITING;
+        b->pairs[i] = (uint8_t)steer(net, &b->frames[i]);
+        if (pair_of(net, p, i) != pair)
+            watch_look(net->dev, 2 * pair_of(net, p, i));
+    }
+    return got < 0 ? got : got > 0;
+}
+
+/* The frames of the batch that are this queue's. Returns false when one has to wait. */
+static bool take_share(struct vpci_net *net, const vpci_host *host, vpci_queue *q, struct port *p, uint64_t *bytes)
+{
+    struct batch *b = batch_of(net, p);
+    for (uint32_t i = 0; i < b->n && b->life == p->life; i++) {
+        if (b->states[i] != WAITING || pair_of(net, p, i) != q->index / 2u)
+            continue;
+        *bytes += b->frames[i].len;
+        if (!hand_over(net, host, q, p, i))
+            return false;
+    }
+    return true;
+}
+
 static uint32_t receive(struct vpci_net *net, const vpci_host *host, vpci_queue *q, struct port *p)
 {
-    struct frame f;
+    const struct batch *b = batch_of(net, p);
     uint64_t bytes = 0;
-    for (uint32_t n = 0; n < LOOK_FRAMES && bytes < LOOK_BYTES; n++) {
-        uint32_t life = p->life;
-        int rc = is_plugged(p) ? p->ops->next(p, &f) : 0;
-        if (rc < 0)
-            lose(net, p);
+    for (uint32_t n = 0; n < LOOK_FRAMES && bytes < LOOK_BYTES; n += b->n ? b->n : 1) {
+        int rc = refill(net, p, q->index / 2);
         if (rc <= 0)
-            return p->readable && is_plugged(p) ? VPCI_RUN_MORE : VPCI_RUN_QUIET;
-        uint64_t *reason = refusal(net, q, &f);
-        if (reason)
-            ++*reason;
-        else if (deliver(net, host, q, &f) == STARVED)
+            return rc == 0 && p->readable && is_plugged(p) && !b->n_held ? VPCI_RUN_MORE : VPCI_RUN_QUIET;
+        if (!take_share(net, host, q, p, &bytes))
             return VPCI_RUN_KICKS;
-        bytes += f.len;
-        if (p->life == life)   /* else it went with what was plugged in, while a far buffer was asked for */
-            p->ops->drop(p);
+        if (has_frames(net, p))
+            return VPCI_RUN_QUIET;   /* whoever ends the last one goes on */
     }
     return VPCI_RUN_MORE;
 }
@@ -378,20 +559,25 @@ static void complete_checksum(struct vpci_net *net, struct out *out)
 
 /* ---- sending ---- */
 
-static bool offload_is_sound(const struct vpci_net *net, const struct port *p, const struct out *out)
+/* The old bit GSO stands for every type. */
+static bool may_segment(uint64_t features, uint8_t type)
 {
     static const uint8_t bit_of[] = {[1] = VPCI_NET_F_HOST_TSO4, [3] = VPCI_NET_F_HOST_UFO, [4] = VPCI_NET_F_HOST_TSO6};
+    return type < sizeof(bit_of) && bit_of[type] && (has(features, bit_of[type]) || has(features, VPCI_NET_F_GSO));
+}
+
+static bool offload_is_sound(const struct vpci_net *net, const struct port *p, const struct out *out)
+{
     const struct vnet_header *h = &out->vnet;
     uint8_t type = h->gso_type & (uint8_t)~GSO_ECN;
     if (h->flags & NEEDS_CSUM && (!has(net->features, VPCI_NET_F_CSUM) ||
                                   (uint32_t)h->csum_start + h->csum_offset + 2 > out->len))
         return false;
-    if (h->gso_type & GSO_ECN && !has(net->features, VPCI_NET_F_HOST_ECN))
+    if (h->gso_type & GSO_ECN && !has(net->features, VPCI_NET_F_HOST_ECN) && !has(net->features, VPCI_NET_F_GSO))
         return false;
     if (type == GSO_NONE)
         return h->gso_type == GSO_NONE;
-    return p->ops->has_vnet && h->flags & NEEDS_CSUM && type < sizeof(bit_of) && bit_of[type] &&
-           has(net->features, bit_of[type]);
+    return p->ops->has_vnet && h->flags & NEEDS_CSUM && may_segment(net->features, type);
 }
 
 /* Why a chain is not sent: the counter of the reason, or NULL; header and length are in *out then. */
@@ -402,6 +588,7 @@ static uint64_t *judge(struct vpci_net *net, const vpci_host *host, const struct
     if (chain->error || chain->out_len < net->header + VPCI_NET_FRAME_MIN ||
         host->read(chain, 0, &out->vnet, HEADER) < HEADER)
         return &net->stats.tx_short;
+    out->vnet.flags &= NEEDS_CSUM;   /* that a checksum was checked is not for a driver to say */
     if (out->len > VPCI_NET_FRAME_MAX)
         return &net->stats.tx_too_long;
     return offload_is_sound(net, p, out) ? NULL : &net->stats.tx_bad_offload;
@@ -454,6 +641,8 @@ static void collect(struct vpci_net *net, const vpci_host *host, vpci_queue *q, 
             tx->bad = chain;
             return;
         }
+        if (is_steered(net))
+            learn(net, host, chain, q->index / 2u);
         if (!add_frame(net, host, p, tx, out)) {
             host->put_back(q, chain);
             return;
@@ -466,8 +655,12 @@ static uint32_t send_batch(struct vpci_net *net, struct port *p, struct tx *tx)
     if (!tx->n || !is_plugged(p))
         return 0;
     int sent = p->ops->send(p, tx->out, tx->n);
+    if (p->refused && !p->refused_told) {
+        p->refused_told = true;
+        tell_trouble(net, &net->troubles.refused, p->refused);
+    }
     if (sent < 0)
-        lose(net, p);
+        lose(net, p, sent);
     else if (p->blocked && p->fd >= 0)
         watch(net, p);
     net->stats.tx_blocked += p->blocked;
@@ -485,7 +678,7 @@ static uint64_t settle(struct vpci_net *net, const vpci_host *host, vpci_queue *
         net->stats.tx_bytes += tx->out[i].failed ? 0 : tx->out[i].len;
         bytes += tx->out[i].len;
         if (!tx->out[i].failed)
-            keep_frame(net, q, tx->out[i].iov + 1, tx->out[i].n_iov - 1, tx->out[i].len);
+            keep_frame(net, q, tx->out[i].iov + 1, tx->out[i].len);
         host->done(tx->out[i].chain, 0);
     }
     if (tx->bad && sent == tx->n)
@@ -559,7 +752,7 @@ static uint32_t run(void *state, const vpci_host *host, vpci_queue *q, uint16_t 
         return VPCI_RUN_QUIET;
     if (index % 2)
         return transmit(net, host, q, index / 2);
-    return index / 2 < net->n_ports ? receive(net, host, q, &net->ports[index / 2]) : VPCI_RUN_QUIET;
+    return receive(net, host, q, port_of(net, index / 2));
 }
 
 static void cancel(void *state, uint32_t queue_index)
@@ -584,8 +777,7 @@ static void features(void *state, uint64_t bits)
     net->header = has(bits, VPCI_NET_F_MRG_RXBUF) ? HEADER_MRG : HEADER;
     apply_offloads(net, false);
     vpci_handoff_engine()->features(net->control, bits);
-    for (uint32_t i = 0; i < net->n_ports; i++)
-        look_at_rx(net, &net->ports[i]);
+    look_at_all_rx(net);
 }
 
 static const vpci_engine engine = {
@@ -654,6 +846,16 @@ int vpci_net_event_fd(vpci_net *net)
     return net->event_fd;
 }
 
+void vpci_net_take_troubles(vpci_net *net, vpci_net_troubles *troubles)
+{
+    lock(net);
+    *troubles = net->troubles;
+    troubles->capture = net->capture && !net->capture_told ? capture_error(net->capture) : 0;
+    net->capture_told |= troubles->capture != 0;
+    net->troubles = (vpci_net_troubles){0};
+    unlock(net);
+}
+
 void vpci_net_set_filter(vpci_net *net, const vpci_net_filter *filter)
 {
     lock(net);
@@ -665,10 +867,18 @@ void vpci_net_set_link(vpci_net *net, int up)
 {
     lock(net);
     net->link = up;
-    for (uint32_t i = 0; net->dev && i < net->n_ports; i++)
-        look_at_rx(net, &net->ports[i]);
+    look_at_all_rx(net);
     if (net->dev)
         look_at_tx(net);
+    unlock(net);
+}
+
+void vpci_net_set_pairs(vpci_net *net, uint32_t n)
+{
+    lock(net);
+    net->n_used = n;
+    memset(net->flows, 0, sizeof(net->flows));
+    look_at_all_rx(net);
     unlock(net);
 }
 
@@ -692,6 +902,7 @@ void vpci_net_read_stats(vpci_net *net, vpci_net_stats *stats)
 static bool make(struct vpci_net *net, const vpci_net_setup *setup)
 {
     net->ports = calloc(net->n_ports, sizeof(*net->ports));
+    net->batches = calloc(net->n_ports, sizeof(*net->batches));
     net->pairs = calloc(net->n_pairs, sizeof(*net->pairs));
     net->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     for (uint32_t i = 0; net->pairs && i < net->n_pairs; i++)
@@ -700,7 +911,7 @@ static bool make(struct vpci_net *net, const vpci_net_setup *setup)
     for (uint32_t i = 0; net->ports && i < net->n_ports; i++)
         if (port_init(&net->ports[i], setup->kind, setup->peer, &net->stats) < 0)
             return false;
-    return net->ports && net->pairs && net->event_fd >= 0;
+    return net->ports && net->batches && net->pairs && net->event_fd >= 0;
 }
 
 vpci_net *vpci_net_new(const vpci_net_setup *setup)
@@ -713,7 +924,8 @@ vpci_net *vpci_net_new(const vpci_net_setup *setup)
     net->control = setup->control;
     net->header = HEADER;
     net->link = true;
-    if (make(net, setup) && (setup->capture < 0 || (net->capture = capture_new(setup->capture))))
+    net->n_used = 1;
+    if (make(net, setup) && (setup->capture < 0 || (net->capture = capture_new(setup, net->event_fd))))
         return net;
     vpci_net_free(net);
     return NULL;
@@ -737,6 +949,7 @@ void vpci_net_free(vpci_net *net)
     if (net->event_fd >= 0)
         close(net->event_fd);
     free(net->ports);
+    free(net->batches);
     free(net->pairs);
     free(net);
 }

@@ -21,10 +21,12 @@ static bool is_of_the_frame(int error)
            error == ENOMEM;
 }
 
-static int fail_one(struct out *out, uint64_t *counter)
+/* With errno, of the frame. */
+static int fail_one(struct port *p, struct out *out, uint64_t *counter)
 {
     ++*counter;
     out->failed = true;
+    p->refused = p->refused ? p->refused : errno;
     return 1;
 }
 
@@ -35,12 +37,12 @@ static uint8_t *slot(struct port *p, size_t n)
     return p->in + n * VPCI_NET_FRAME_MAX;
 }
 
-static int next_in_row(struct port *p, struct frame *f)
+static int next_in_row(struct port *p, struct frame *f, uint32_t max)
 {
-    if (p->in_at == p->in_end)
-        return 0;
-    *f = (struct frame){.data = slot(p, p->in_at), .len = p->lens[p->in_at], .vnet = p->vnet};
-    return 1;
+    int n = 0;
+    for (size_t at = p->in_at; at < p->in_end && (uint32_t)n < max; at++)
+        f[n++] = (struct frame){.data = slot(p, at), .len = p->lens[at], .vnet = p->vnet};
+    return n;
 }
 
 static void drop_in_row(struct port *p)
@@ -73,24 +75,37 @@ static int receive_batch(struct port *p)
 }
 
 /* An error of the socket only tells that the peer went: it is told once, and what came before is still there. */
-static int datagram_next(struct port *p, struct frame *f)
+static int datagram_next(struct port *p, struct frame *f, uint32_t max)
 {
     for (int tries = 0; p->in_at == p->in_end && p->readable && tries < IN_BATCH; tries++) {
         int got = receive_batch(p);
         p->readable = got == IN_BATCH || (got < 0 && !would_block());
     }
-    return next_in_row(p, f);
+    return next_in_row(p, f, max);
 }
 
-/* The peer's address is looked up again whenever it was lost: whoever binds it next is the peer. */
+/* The peer's address is looked up again whenever it was lost: whoever binds it next is the peer. Connected, for the kernel
+ * tells of room only then; it then also keeps everybody else's datagrams away from us. */
 static bool find_peer(struct port *p)
 {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
     if (!p->connected && p->peer) {
         strncpy(to.sun_path, p->peer, sizeof(to.sun_path) - 1);
         p->connected = !connect(p->fd, (struct sockaddr *)&to, sizeof(to));
+        p->refused = p->connected ? 0 : p->refused;
+        p->refused_told &= !p->connected;
+    } else if (!p->peer) {
+        errno = EDESTADDRREQ;
     }
     return p->connected;
+}
+
+/* Nobody is there: one look is enough for all of them. */
+static int datagrams_to_nobody(struct port *p, struct out *out, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        fail_one(p, &out[i], &p->stats->tx_no_peer);
+    return (int)n;
 }
 
 static int datagram_failed(struct port *p, struct out *out)
@@ -100,38 +115,41 @@ static int datagram_failed(struct port *p, struct out *out)
         return 0;
     }
     if (is_of_the_frame(errno))
-        return fail_one(out, &p->stats->tx_errors);
-    p->connected = false;
-    return fail_one(out, &p->stats->tx_no_peer);
+        return fail_one(p, out, &p->stats->tx_errors);
+    return fail_one(p, out, &p->stats->tx_no_peer);
 }
 
 static int datagram_send(struct port *p, struct out *out, uint32_t n)
 {
     struct mmsghdr msgs[OUT_BATCH];
     if (!find_peer(p))
-        return fail_one(out, &p->stats->tx_no_peer);
+        return datagrams_to_nobody(p, out, n);
     for (uint32_t i = 0; i < n; i++)
         msgs[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = out[i].iov + 1, .msg_iovlen = out[i].n_iov - 1}};
     int sent = sendmmsg(p->fd, msgs, n, MSG_DONTWAIT | MSG_NOSIGNAL);
+    p->connected = sent > 0 || would_block() || is_of_the_frame(errno);
+    if (!p->connected && find_peer(p))   /* it went, and another is there already */
+        sent = sendmmsg(p->fd, msgs, n, MSG_DONTWAIT | MSG_NOSIGNAL);
     return sent > 0 ? sent : datagram_failed(p, out);
 }
 
 /* ---- QEMU's stream ---- */
 
-/* A frame that is whole in the buffer. Returns 1, 0, or -EPROTO: no frame is that long, so this is no such stream. */
-static int whole_frame(struct port *p, struct frame *f)
+/* A frame that is whole in the buffer from `at` on. Returns 1, 0, or -EPROTO: no frame is that long, so this is no such
+ * stream. */
+static int whole_frame(struct port *p, size_t at, struct frame *f)
 {
     uint32_t len;
-    size_t have = p->in_end - p->in_at;
+    size_t have = p->in_end - at;
     if (have < sizeof(len))
         return 0;
-    memcpy(&len, p->in + p->in_at, sizeof(len));
+    memcpy(&len, p->in + at, sizeof(len));
     len = ntohl(len);
     if (len > VPCI_NET_FRAME_MAX)
         return -EPROTO;
     if (have < sizeof(len) + len)
         return 0;
-    *f = (struct frame){.data = p->in + p->in_at + sizeof(len), .len = len};
+    *f = (struct frame){.data = p->in + at + sizeof(len), .len = len};
     return 1;
 }
 
@@ -152,13 +170,16 @@ static int receive_more(struct port *p)
     return 0;
 }
 
-static int stream_next(struct port *p, struct frame *f)
+/* What is wrong behind the first frame is told when it is the first. */
+static int stream_next(struct port *p, struct frame *f, uint32_t max)
 {
-    int rc;
-    while (!(rc = whole_frame(p, f)) && p->readable)
+    int rc, n = 0;
+    while (!(rc = whole_frame(p, p->in_at, f)) && p->readable)
         if ((rc = receive_more(p)))
             break;
-    return rc;
+    for (size_t at = p->in_at; rc > 0 && ++n < (int)max; rc = whole_frame(p, at, &f[n]))
+        at += sizeof(f->len) + f[n - 1].len;
+    return n ? n : rc;
 }
 
 static void stream_drop(struct port *p)
@@ -238,7 +259,7 @@ static int stream_send(struct port *p, struct out *out, uint32_t n)
     if (sent < 0 && would_block())
         p->blocked = true;
     if (sent < 0 && is_of_the_frame(errno))
-        return n > 1 ? stream_send(p, out, 1) : fail_one(out, &p->stats->tx_errors);
+        return n > 1 ? stream_send(p, out, 1) : fail_one(p, out, &p->stats->tx_errors);
     if (sent < 0)
         return p->blocked || errno == EINTR ? 0 : -errno;
     return count_sent(p, out, n, (size_t)sent);
@@ -261,12 +282,12 @@ static int tap_receive(struct port *p)
     return 0;
 }
 
-static int tap_next(struct port *p, struct frame *f)
+static int tap_next(struct port *p, struct frame *f, uint32_t max)
 {
     int rc = 0;
     if (p->in_at == p->in_end && p->readable)
         rc = tap_receive(p);
-    return rc ? rc : next_in_row(p, f);
+    return rc ? rc : next_in_row(p, f, max);
 }
 
 static int tap_send(struct port *p, struct out *out, uint32_t n)
@@ -282,7 +303,7 @@ static int tap_send(struct port *p, struct out *out, uint32_t n)
             return (int)i;
         if (!is_of_the_frame(errno))
             return -errno;
-        fail_one(&out[i], &p->stats->tx_errors);
+        fail_one(p, &out[i], &p->stats->tx_errors);
     }
     return (int)n;
 }
@@ -300,8 +321,10 @@ static void tap_offload(struct port *p, uint64_t bits)
         word |= bits >> flags[i].bit & 1 ? flags[i].flag : 0;
     if (!(word & TUN_F_CSUM))
         word = 0;   /* the kernel segments and sums then */
+    if (!(word & (TUN_F_TSO4 | TUN_F_TSO6)))
+        word &= ~(unsigned long)TUN_F_TSO_ECN;   /* by itself it is refused, and with it the rest */
     if (ioctl(p->fd, TUNSETOFFLOAD, word) < 0)
-        ioctl(p->fd, TUNSETOFFLOAD, word & ~(unsigned long)TUN_F_UFO);   /* kernels without it */
+        ioctl(p->fd, TUNSETOFFLOAD, 0ul);   /* rather nothing than what the guest did not ask for */
 }
 
 /* ---- loop and null ---- */
@@ -312,12 +335,12 @@ struct kept {
     uint8_t bytes[];
 };
 
-static int loop_next(struct port *p, struct frame *f)
+static int loop_next(struct port *p, struct frame *f, uint32_t max)
 {
-    if (!p->first)
-        return 0;
-    *f = (struct frame){.data = p->first->bytes, .len = p->first->len};
-    return 1;
+    int n = 0;
+    for (struct kept *k = p->first; k && (uint32_t)n < max; k = k->next)
+        f[n++] = (struct frame){.data = k->bytes, .len = k->len};
+    return n;
 }
 
 static void loop_drop(struct port *p)
@@ -369,9 +392,9 @@ static int loop_send(struct port *p, struct out *out, uint32_t n)
     return (int)n;
 }
 
-static int null_next(struct port *p, struct frame *f)
+static int null_next(struct port *p, struct frame *f, uint32_t max)
 {
-    (void)p, (void)f;
+    (void)p, (void)f, (void)max;
     return 0;
 }
 
@@ -415,7 +438,8 @@ int port_init(struct port *p, uint32_t kind, const char *peer, vpci_net_stats *s
 void port_clear(struct port *p)
 {
     p->life++;
-    p->readable = p->hung_up = p->blocked = p->connected = false;
+    p->readable = p->hung_up = p->blocked = p->connected = p->refused_told = false;
+    p->refused = 0;
     p->in_at = p->in_end = 0;
     free(p->rest);
     p->rest = NULL;

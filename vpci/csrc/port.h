@@ -57,13 +57,15 @@ struct port {
     uint32_t n_kept;
     char *peer;
     bool connected;
+    int refused;                /* errno of the first frame that was not taken; 0: none yet */
+    bool refused_told;
 };
 
 struct port_ops {
     bool has_fd, has_vnet;
-    /* The frame that is next. 1: there is one, 0: none now, < 0: -errno, the descriptor is of no more use. */
-    int (*next)(struct port *p, struct frame *f);
-    /* The end of the frame that next() gave. */
+    /* Up to max frames that are next; they stay. How many, 0: none now, < 0: -errno, the descriptor is of no more use. */
+    int (*next)(struct port *p, struct frame *f, uint32_t max);
+    /* The end of the first of them. */
     void (*drop)(struct port *p);
     /* Send; how many of n were taken, at least one unless blocked; -errno: the descriptor is of no more use. */
     int (*send)(struct port *p, struct out *out, uint32_t n);
@@ -82,11 +84,13 @@ void port_clear(struct port *p);
 
 struct capture;
 
-/* The fd is its own when it could be made; NULL when memory or threads are short. */
-struct capture *capture_new(int fd);
+/* The fd is its own when it could be made; NULL when memory or threads are short. When it fails, event_fd is written. */
+struct capture *capture_new(const vpci_net_setup *setup, int event_fd);
+/* The errno that ended it; 0: it goes on. */
+int capture_error(struct capture *c);
 /* What was added is written first. */
 void capture_free(struct capture *c);
 /* Keep a frame of len bytes that lies in these pieces. Returns false when there is no room now, or the disk failed. */
-bool capture_add(struct capture *c, vpci_mem *mem, const struct iovec *iov, uint32_t n, uint32_t len);
+bool capture_add(struct capture *c, vpci_mem *mem, const struct iovec *iov, uint32_t len, bool outbound);
 
 #endif

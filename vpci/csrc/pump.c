@@ -62,7 +62,7 @@ void pump_kick(struct vpci_dev *dev, uint32_t queue_index)
     if (q->suspended)
         vpci_ring_break(q, q->far_refused ? VPCI_RING_FAR_MEMORY : VPCI_RING_UNMAPPED, 0,
                         (uint64_t)q->pfn << PAGE_SHIFT);
-    q->runnable = !q->broken;
+    q->runnable = !q->broken || q->engine->run;   /* an engine throws away what waits for a broken queue */
 }
 
 /* After every change of the memory table: rings are found again; one that is whole again is looked at once, for the

@@ -6,6 +6,7 @@ struct.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -15,7 +16,9 @@ import msgspec
 from vpci.spec.config_field import ConfigField
 from vpci.spec.pci import Identity
 
-__all__ = ["Chain", "ConfigField", "Host", "Identity", "Model", "NoSection", "Operation", "QueueSpec"]
+__all__ = ["Chain", "ConfigField", "Host", "Identity", "Model", "NoSection", "Operation", "QueueSpec", "Tell"]
+
+log = logging.getLogger(__name__)
 
 
 class QueueSpec(NamedTuple):
@@ -36,6 +39,16 @@ class Operation(NamedTuple):
     about: str
     arguments: tuple[str, ...]
     run: Callable[..., Mapping[str, object]]
+
+
+class Tell(Protocol):
+    """Tells people and scripts of an event, from any thread; it does not wait."""
+
+    def __call__(self, name: str, text: str, **facts: object) -> None: ...
+
+
+def _log_event(name: str, text: str, **facts: object) -> None:
+    log.info("%s: %s", name, text)
 
 
 class Chain(Protocol):
@@ -114,6 +127,7 @@ class Model:
         self.queue_size = queue_size or self.default_queue_size
         self.max_sg = max_sg
         self.offered = 0
+        self.event: Tell = _log_event  # whoever serves the model puts another here
         self._written: dict[int, int] = {}  # configuration bytes that the guest wrote
 
     @property

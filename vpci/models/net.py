@@ -6,6 +6,7 @@ control socket set_link and its like. The lock guards what they share, and nothi
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -24,7 +25,7 @@ from vpci.backends.net import DatagramWire, LoopWire, NullWire, StreamWire, Wire
 from vpci.backends.tap import TapWire
 from vpci.errors import BackendError, ConfigError
 from vpci.models.base import Chain, Host, Identity, Model, Operation, QueueSpec
-from vpci.models.net_engine import NetEngine
+from vpci.models.net_engine import Capture, NetEngine
 from vpci.spec import net
 from vpci.spec.features import ANY_LAYOUT, word_of
 
@@ -34,6 +35,7 @@ CONTROL_QUEUE_SIZE = 64
 TABLE = 64  # addresses of each kind that the filter holds; with more, all of the kind pass
 #: Of one command that much is read: a table of more addresses than anybody has.
 COMMAND_BYTES = 64 << 10
+SNAPLEN_MAX = 262144  # more than any frame has, and what tcpdump says
 _MAC = re.compile("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _OUI = bytes.fromhex("525400")
 
@@ -86,15 +88,19 @@ class NetSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capture: Annotated[
         str | None,
         Meta(
-            description="A pcap file of every frame that goes out and comes in, made anew at each start.",
+            description="A pcap file of every frame that goes out and comes in, made anew at each start; one whose "
+            "name ends in .pcapng also says which way each went.",
             examples=["net.pcap"],
         ),
     ] = None
+    snaplen: Annotated[
+        int, Meta(description="Of each frame the capture keeps that many bytes.", ge=1, le=SNAPLEN_MAX)
+    ] = SNAPLEN_MAX
     pairs: Annotated[
         int,
         Meta(
-            description="Pairs of queues; more than 1 offers VIRTIO_NET_F_MQ. A TAP has a queue for each; with any "
-            "other backend frames come on the first.",
+            description="Pairs of queues; more than 1 offers VIRTIO_NET_F_MQ. A TAP has a queue for each, and its "
+            "kernel chooses; with any other backend a flow comes in on the pair that sent it last.",
             ge=1,
             le=32,
         ),
@@ -148,6 +154,7 @@ class NetModel(Model):
         self.wire = open_wire(section)
         self._capture = self._open_capture(section.capture)
         self.acked = 0
+        self.offloads: list[int] = []  # what the backend may leave to the driver now
         self.link = True  # as somebody outside wishes
         self.carrier = self.wire.kind in _ALWAYS_THERE
         self.counters: Counter[str] = Counter(commands=0, refused_commands=0, short_commands=0)
@@ -155,6 +162,9 @@ class NetModel(Model):
         self._lock = threading.Lock()
         self._engine: NetEngine | None = None
         self._host: Host | None = None
+        self._why_lost = 0  # errno
+        self._refused_told = 0
+        self._offloads_told = False
         self._forget()
 
     def _open_capture(self, path: str | None) -> int:
@@ -181,7 +191,7 @@ class NetModel(Model):
     @property
     def features(self) -> int:
         optional = {net.F_MTU: self.section.mtu is not None, net.F_MQ: self.section.pairs > 1}
-        optional |= dict.fromkeys(net.OFFLOADS_OF_BACKEND, self.wire.has_vnet)
+        optional |= {bit: bit in self.wire.carries for bit in net.OFFLOADS_OF_BACKEND}
         return word_of([*_ALWAYS, *(bit for bit, offered in optional.items() if offered)])
 
     @property
@@ -221,13 +231,14 @@ class NetModel(Model):
     def features_acked(self, features: int) -> None:
         with self._lock:
             self.acked = features
+            self.offloads = [bit for bit in net.OFFLOADS_OF_GUEST if self._has(bit)]
             self._install()
 
     def reset(self) -> None:
         with self._lock:
             super().reset()
             self._forget()
-            self.wire.set_pairs(1)
+            self._use_pairs(1)
             if self._host:
                 self._host.forget_chains()
             self._install()
@@ -248,41 +259,79 @@ class NetModel(Model):
 
     def engine(self) -> NetEngine:
         wire = self.wire
-        capture, self._capture = self._capture, -1
+        capture = Capture(self._capture, self.section.snaplen, (self.section.capture or "").endswith(".pcapng"))
+        self._capture = -1
         self._engine = NetEngine(self, wire.kind, self.section.pairs, wire.n_ports, wire.peer, capture)
         return self._engine
 
     def attach(self, host: Host) -> None:
         assert self._engine is not None  # it is what calls us
         self._host = host
-        host.watch(self._engine.event_fd, select.POLLIN, self._lost)
+        host.watch(self._engine.event_fd, select.POLLIN, self._troubled)
         self.wire.set_pairs(1)
         self.wire.start(self._engine.plug, self._engine.is_plugged, host.watch)
 
-    def _lost(self, events: int) -> None:
+    def _troubled(self, events: int) -> None:
         assert self._engine is not None
         os.eventfd_read(self._engine.event_fd)
+        troubles = self._engine.troubles()
+        self._why_lost = troubles.get("lost", self._why_lost)
+        if refused := troubles.get("refused"):
+            text = f"the backend took no frame ({os.strerror(refused)}): such are dropped and counted; said once"
+            self.event("frame_refused", text, backend=self.section.backend, errno=refused)
+        if failed := troubles.get("capture"):
+            text = f"{self.section.capture}: {os.strerror(failed)}; the capture ends here, the network goes on"
+            self.event("capture_failed", text, path=self.section.capture, errno=failed)
 
     def turn(self) -> float | None:
         """What is plugged in may have changed: look for what is missing, and tell the driver of its link."""
+        if not self._offloads_told:
+            self._tell_offloads()
         wait = self.wire.turn()
         assert self._engine is not None
         carrier = self.wire.kind in _ALWAYS_THERE or self._engine.is_plugged(0)
         if carrier != self.carrier:
-            log.info("net: the backend is %s", "there" if carrier else "gone")
             with self._lock:
                 self.carrier = carrier
                 self._greet()
+            self._tell_carrier()
             if self._host:
                 self._host.config_changed()
+        if self.wire.refused != self._refused_told:
+            self._refused_told = self.wire.refused
+            text = "a second peer came and was hung up on: a wire has two ends"
+            self.event("peer_refused", text, backend=self.section.backend, refused=self.wire.refused)
         return wait
+
+    def _tell_carrier(self) -> None:
+        backend = self.section.backend
+        if self.carrier:
+            self.event("backend_there", f"{backend}: it is there, and the link is up", backend=backend)
+            return
+        reason, self._why_lost = self._why_lost, 0
+        how = _WHY.get(reason, os.strerror(reason))
+        self.event("backend_gone", f"{backend}: {how}; the link is down", backend=backend, errno=reason)
+
+    def _tell_offloads(self) -> None:
+        """Once: what the backend carries of segments and checksums, what is done here, and what nobody does."""
+        self._offloads_told = True
+        carried = [bit for bit in net.OFFLOADS_OF_BACKEND if bit in self.wire.carries]
+        removed = [bit for bit in net.OFFLOADS_OF_BACKEND if bit not in self.wire.carries]
+        sums = [net.F_CSUM, net.F_GUEST_CSUM]
+        completed = [] if self.wire.carries else sums
+        text = f"{self.section.backend}: passed through: {_names(carried + sums * bool(carried)) or 'no offloads'}"
+        text += f"; done here: {_names(completed)}" if completed else ""
+        text += f"; not offered, for {self.wire.lacks}: {_names(removed)}" if removed else ""
+        facts = {"carried": carried + sums * bool(carried), "completed": completed, "removed": removed}
+        told = {name: [_SHORT[bit] for bit in bits] for name, bits in facts.items()}
+        self.event("offloads", text, backend=self.section.backend, **told)
 
     def _greet(self) -> None:
         """After the link came up the driver is asked to tell its neighbours where it is."""
         self._announce = self.is_up and self._has(net.F_GUEST_ANNOUNCE)
 
     def stats(self) -> dict[str, int]:
-        return dict(self.counters)
+        return {**self.counters, "refused_peers": self.wire.refused}
 
     def close(self) -> None:
         self.wire.close()
@@ -351,15 +400,24 @@ class NetModel(Model):
         return True
 
     def _end_announce(self, command: int, data: bytes) -> bool:
-        asked, self._announce = self._announce, False
-        return asked and not data
+        asked = self._announce and not data
+        self._announce = self._announce and not asked
+        return asked
 
     def _set_pairs(self, command: int, data: bytes) -> bool:
         pairs = int.from_bytes(data, "little")
-        if len(data) != 2 or not 1 <= pairs <= self.section.pairs:
+        return len(data) == 2 and 1 <= pairs <= self.section.pairs and self._use_pairs(pairs)
+
+    def _use_pairs(self, pairs: int) -> bool:
+        """With the lock held. False: the backend cannot, and is told of; then frames come on what pairs it has."""
+        try:
+            self.wire.set_pairs(pairs)
+        except BackendError as error:
+            log.warning("net: %d pairs: %s", pairs, error)
             return False
         self.pairs = pairs
-        self.wire.set_pairs(pairs)
+        if self._engine:
+            self._engine.set_pairs(pairs)
         return True
 
     def _set_offloads(self, command: int, data: bytes) -> bool:
@@ -367,6 +425,7 @@ class NetModel(Model):
         allowed = word_of([bit for bit in net.OFFLOADS_OF_GUEST if self._has(bit)])
         if len(data) != 8 or bits & ~allowed or self._engine is None:
             return False
+        self.offloads = [bit for bit in net.OFFLOADS_OF_GUEST if bits >> bit & 1]
         self._engine.set_offloads(bits)
         return True
 
@@ -388,14 +447,16 @@ class NetModel(Model):
         with self._lock:
             if not self._has(net.F_GUEST_ANNOUNCE):
                 raise ConfigError("", "announce", "a driver without it", "a driver that acked GUEST_ANNOUNCE")
+            if not self.is_up:
+                raise ConfigError("", "announce", "a link that is down", "a link that is up")
             self._announce = True
         return self._told()
 
     def reopen(self) -> Mapping[str, object]:
         """Open a backend that went away anew."""
-        self.wire.reopen()
         with self._lock:
-            self.wire.set_pairs(self.pairs)
+            self.wire.reopen()
+            self._use_pairs(self.pairs)
         if self._host:
             self._host.wake()
         return self._told()
@@ -403,11 +464,47 @@ class NetModel(Model):
     def _told(self) -> Mapping[str, object]:
         return {"link": self.link, "carrier": self.carrier, "announce": self._announce}
 
+    def interface(self) -> Mapping[str, object]:
+        """What the driver was told and what it asked for: link, pairs, and what is let through to it."""
+        with self._lock:
+            vlans = [vlan for vlan in range(net.MAX_VLAN + 1) if self.vlans[vlan // 8] >> vlan % 8 & 1]
+            return {
+                "mac": self.mac.hex(":"),
+                **self._told(),
+                "pairs": self.pairs,
+                "modes": [name for name, on in self.modes.items() if on],
+                "unicast": _addresses(self.unicast),
+                "multicast": _addresses(self.multicast),
+                "overflow": [name for name, on in self.overflow.items() if on],
+                "vlans": vlans if self._has(net.F_CTRL_VLAN) else "all",
+                "offloads": [_SHORT[bit] for bit in self.offloads],
+            }
+
     operations = {
+        "interface": Operation("link, address, pairs, and what the driver lets in", (), interface),
         "link": Operation("take the link up or down; the driver is told", ("UP|DOWN",), set_link),
         "reopen": Operation("open a backend that went away anew", (), reopen),
         "announce": Operation("ask the driver to tell its neighbours where it is", (), announce),
     }
+
+
+_SHORT = {bit: name.removeprefix("VIRTIO_NET_F_") for name, bit in net.FEATURE_BITS.items()}
+#: Why a backend went, where its errno says it badly.
+_WHY = {
+    0: "it was unplugged",
+    errno.ECONNRESET: "the peer hung up",
+    errno.EPROTO: "the peer sent a length that no frame has, and was hung up on",
+    errno.EFAULT: "the interface was deleted",
+    errno.EBADFD: "the interface was deleted",
+}
+
+
+def _addresses(row: bytes) -> list[str]:
+    return [row[at : at + net.MAC_SIZE].hex(":") for at in range(0, len(row), net.MAC_SIZE)]
+
+
+def _names(bits: Sequence[int]) -> str:
+    return " ".join(_SHORT[bit] for bit in bits)
 
 
 _Handler = Callable[[NetModel, int, bytes], bool]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vpci._core import ffi, lib
 from vpci.models.base import Model
@@ -12,18 +12,21 @@ from vpci.models.engine import EventEngine
 _TABLE_BYTES = 6 * lib.VPCI_NET_TABLE
 
 
+class Capture(NamedTuple):
+    """A descriptor for a file of frames, which the engine closes (-1: none); the bytes that are kept of each frame."""
+
+    fd: int = -1
+    snaplen: int = 0
+    is_pcapng: bool = False
+
+
 class NetEngine:
-    """The C engine and the thread behind it. `plug` and its like may be called from any thread.
+    """The C engine and the thread behind it. `plug` and its like may be called from any thread."""
 
-    `capture` is a descriptor for a pcap file, which the engine closes; -1 = none.
-    """
-
-    def __init__(
-        self, model: Model, kind: int, n_pairs: int, n_ports: int, peer: str | None, capture: int = -1
-    ) -> None:
+    def __init__(self, model: Model, kind: int, n_pairs: int, n_ports: int, peer: str | None, capture: Capture) -> None:
         self._control = EventEngine(model)
         text = ffi.new("char[]", peer.encode()) if peer else ffi.NULL
-        made = ffi.new("vpci_net_setup *", (n_pairs, kind, n_ports, text, self._control.state, capture))
+        made = ffi.new("vpci_net_setup *", (n_pairs, kind, n_ports, text, self._control.state, *capture))
         self.ops = lib.vpci_net_engine()
         self.state = lib.vpci_net_new(made)
         if self.state == ffi.NULL:
@@ -52,8 +55,15 @@ class NetEngine:
 
     @property
     def event_fd(self) -> int:
-        """Readable when something that was plugged in is lost."""
+        """Readable when there are troubles."""
         return int(lib.vpci_net_event_fd(self.state))
+
+    def troubles(self) -> dict[str, int]:
+        """What went wrong since the last look: errnos by their names in vpci_net_troubles, without those that are 0."""
+        found = ffi.new("vpci_net_troubles *")
+        lib.vpci_net_take_troubles(self.state, found)
+        every = {name: getattr(found, name) for name, _ in ffi.typeof("vpci_net_troubles").fields}
+        return {name: error for name, error in every.items() if error}
 
     def plug(self, port: int, fd: int) -> None:
         """Move frames on `fd`, which is the engine's from now on."""
@@ -70,6 +80,10 @@ class NetEngine:
     def set_link(self, up: bool) -> None:
         """Down: nothing goes out and nothing comes in."""
         lib.vpci_net_set_link(self.state, up)
+
+    def set_pairs(self, n: int) -> None:
+        """The driver uses the first n pairs: frames are spread over them if they share a port."""
+        lib.vpci_net_set_pairs(self.state, n)
 
     def set_offloads(self, bits: int) -> None:
         """What the driver takes from the backend from now on, as feature bits."""

@@ -38,7 +38,7 @@ _ROW_BYTES = 8
 class Server:
     """Serves one function on one socket, to one client at a time.
 
-    `report` is called with every Report, from the device's own thread. From listen() on clients can connect, from
+    `report` is called with every Report, from the device's own threads. From listen() on clients can connect, from
     start() on they are served.
     """
 
@@ -65,6 +65,7 @@ class Server:
         self._dev = lib.vpci_dev_new(self._setup())
         if self._dev == ffi.NULL:
             raise MemoryError("no memory for the device")
+        model.event = self._model_event
         connect(self.engine, self._dev, self.config_changed)
         function.set_intx_level(lambda: bool(self._dev_stats().intx_status))
         function.set_pending(self._pending)
@@ -203,6 +204,9 @@ class Server:
 
     def _tell(self, report: Report) -> None:
         self.report(report)
+
+    def _model_event(self, name: str, text: str, **facts: object) -> None:
+        self._tell(Report(name, f"{self.model.name}: {text}", facts))
 
     # -- to the pump -------------------------------------------------------------------------------------------------
 

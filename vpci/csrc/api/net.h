@@ -25,6 +25,7 @@ enum vpci_net_limit {
 enum vpci_net_feature {
     VPCI_NET_F_CSUM = 0,
     VPCI_NET_F_GUEST_CSUM = 1,
+    VPCI_NET_F_GSO = 6,
     VPCI_NET_F_GUEST_TSO4 = 7,
     VPCI_NET_F_GUEST_TSO6 = 8,
     VPCI_NET_F_GUEST_ECN = 9,
@@ -40,10 +41,12 @@ enum vpci_net_feature {
 typedef struct vpci_net_setup {
     uint32_t n_pairs;
     uint32_t kind;           /* enum vpci_port_kind */
-    uint32_t n_ports;        /* 1: all pairs share it, and pair 0 receives; or n_pairs */
+    uint32_t n_ports;        /* 1: all pairs share it, and frames are steered; or n_pairs */
     const char *peer;        /* DATAGRAM: where frames go */
     vpci_handoff *control;   /* takes the chains of the control queue */
-    int capture;             /* a file for a pcap of what goes out and comes in, -1: none; the engine's if it is made */
+    int capture;             /* a file for what goes out and comes in, -1: none; the engine's if it is made */
+    uint32_t snaplen;        /* bytes of each frame that it keeps */
+    uint32_t pcapng;         /* 1: in the newer format */
 } vpci_net_setup;
 
 /* What is let through to the guest; Python makes it from the control queue's commands. */
@@ -56,6 +59,14 @@ typedef struct vpci_net_filter {
     uint8_t vlans[512];                    /* bit n & 7 of byte n / 8 */
 } vpci_net_filter;
 
+/* What went wrong since the last look: errnos, 0 = nothing. Each is told once: `refused` until the backend takes a frame
+ * of its peer's again, or another one is plugged in. */
+typedef struct vpci_net_troubles {
+    int32_t lost;       /* of the descriptor that went; 0 when nothing did */
+    int32_t refused;    /* of a frame that the backend did not take */
+    int32_t capture;    /* of the capture, which is over */
+} vpci_net_troubles;
+
 typedef struct vpci_net_stats {
     uint64_t rx_frames, rx_bytes, tx_frames, tx_bytes;
     uint64_t rx_starved;     /* times that frames had to wait for buffers */
@@ -64,7 +75,7 @@ typedef struct vpci_net_stats {
     uint64_t rx_not_ready;   /* the link is down or the receive queue does not run */
     uint64_t rx_too_long;    /* longer than a buffer, with MRG_RXBUF than all buffers of a full ring, or than any frame */
     uint64_t rx_short;       /* less than an Ethernet header */
-    uint64_t rx_bad_buffer;  /* chains that cannot hold a header */
+    uint64_t rx_bad_buffer;  /* chains that cannot hold a header, or nothing of a frame */
     uint64_t rx_bad_offload; /* segments that the driver did not ask for */
     uint64_t rx_backlog;     /* the backlog of loop was full */
     uint64_t tx_short;       /* a chain without a whole header and Ethernet header */
@@ -92,14 +103,20 @@ int vpci_net_plug(vpci_net *net, uint32_t port, int fd);
 void vpci_net_unplug(vpci_net *net, uint32_t port);
 /* Whether something is plugged in; 0 once it was lost. */
 int vpci_net_is_plugged(vpci_net *net, uint32_t port);
-/* An eventfd that is readable when something was lost; the engine's. -errno when there is none to be had. */
+void vpci_net_take_troubles(vpci_net *net, vpci_net_troubles *troubles);
+/* An eventfd that is readable when there are troubles; the engine's. -errno when there is none to be had. */
 int vpci_net_event_fd(vpci_net *net);
 
 void vpci_net_set_filter(vpci_net *net, const vpci_net_filter *filter);
 void vpci_net_set_link(vpci_net *net, int up);
+/* The driver uses the first n pairs; 1 again after new features. */
+void vpci_net_set_pairs(vpci_net *net, uint32_t n);
 /* What the backend may leave to the guest: bits of feature bits 1 and 7..10; reset by new features. */
 void vpci_net_set_offloads(vpci_net *net, uint64_t bits);
 void vpci_net_read_stats(vpci_net *net, vpci_net_stats *stats);
 
+/* What the frames of one flow have in common, in either direction: addresses, protocol, and the ports of TCP and UDP
+ * without a fragment; else the stations. [linux tun.c does the same by its flow dissector] */
+uint32_t vpci_net_flow(const uint8_t *frame, uint32_t len);
 /* For tests: the Internet checksum of bytes that lie in pieces, from byte `from` on, not complemented. */
 uint16_t vpci_net_sum(const struct iovec *iov, uint32_t n, uint32_t from);
