@@ -25,6 +25,7 @@ from tests.net.rig import (
 )
 from tests.net.rig import OTHER as NEIGHBOUR
 from vpci.driver import Buffer
+from vpci.tools.render import receive_filter
 
 OK, ERR = 0, 1
 GROUP = bytes.fromhex("01005e000001")
@@ -127,6 +128,26 @@ def test_a_table_of_more_addresses_than_fit_lets_all_of_its_kind_pass(asked):
     assert through(MINE, THEIRS, ALL, SOME) == [MINE, THEIRS, ALL]
     assert command(1, 0, macs(*(bytes([2, 0, 0, 0, 1, n]) for n in range(64))) + macs()) == OK
     assert through(frame(bytes([2, 0, 0, 0, 1, 63])), THEIRS) == [frame(bytes([2, 0, 0, 0, 1, 63]))]
+
+
+def test_the_filter_is_told_as_it_is_in_effect(asked, capsys):
+    rig, command, _ = asked()
+    command(0, 0, b"\0")
+    command(0, 3, b"\1")
+    command(2, 0, struct.pack("<H", 5))
+    command(1, 0, macs(*(bytes([2, 0, 0, 0, 1, n]) for n in range(65))) + macs(GROUP))
+    told = rig.model.told_filter()
+    assert told == {
+        "mac": "52:54:00:aa:bb:cc",
+        "modes": ["alluni", "nomulti"],
+        "unicast": [],
+        "multicast": ["01:00:5e:00:00:01"],
+        "vlans": [5],
+    }
+    receive_filter(told)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["modes", "alluni", "nomulti"] in lines
+    assert ["unicast", "-"] in lines
 
 
 def test_the_address_is_set_by_a_command(asked):

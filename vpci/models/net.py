@@ -237,12 +237,14 @@ class NetModel(Model):
 
     def _install(self) -> None:
         """Give C the filter, with the lock held."""
-        if self._engine is None:
-            return
+        if self._engine:
+            modes = self._filter_modes()
+            self._engine.set_filter(modes, self.mac, self.unicast, self.multicast, bytes(self.vlans))
+
+    def _filter_modes(self) -> dict[str, bool]:
+        """The modes as they are in effect, by their names in vpci_net_filter."""
         modes = {**self.modes, "all_vlans": not self._has(net.F_CTRL_VLAN)}
-        for mode, overflow in self.overflow.items():
-            modes[mode] |= overflow
-        self._engine.set_filter(modes, self.mac, self.unicast, self.multicast, bytes(self.vlans))
+        return {name: on or self.overflow.get(name, False) for name, on in modes.items()}
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -383,6 +385,18 @@ class NetModel(Model):
                 self._engine.set_link(self.link)
         return self._told()
 
+    def told_filter(self) -> Mapping[str, object]:
+        """What comes in, as the driver asked for it; `modes` are those that are on."""
+        with self._lock:
+            modes = self._filter_modes()
+            vlans = [vlan for vlan in range(net.MAX_VLAN + 1) if self.vlans[vlan // 8] >> vlan % 8 & 1]
+            return {
+                "mac": self.mac.hex(":"),
+                "modes": [name for name, on in modes.items() if on],
+                **{name: _addresses(macs) for name, macs in (("unicast", self.unicast), ("multicast", self.multicast))},
+                "vlans": vlans,
+            }
+
     def announce(self) -> Mapping[str, object]:
         """Ask the driver to tell its neighbours where it is."""
         with self._lock:
@@ -406,6 +420,7 @@ class NetModel(Model):
     operations = {
         "link": Operation("take the link up or down; the driver is told", ("UP|DOWN",), set_link),
         "reopen": Operation("open a backend that went away anew", (), reopen),
+        "filter": Operation("which frames come in: the modes, addresses and VLANs of the driver", (), told_filter),
         "announce": Operation("ask the driver to tell its neighbours where it is", (), announce),
     }
 
@@ -467,6 +482,11 @@ _WIRES: Mapping[str, Callable[[NetSection], Wire]] = {
     "stream": _open_stream,
     "tap": _open_tap,
 }
+
+
+def _addresses(macs: bytes) -> list[str]:
+    """aa:bb:cc:dd:ee:ff for each six bytes."""
+    return [macs[at : at + net.MAC_SIZE].hex(":") for at in range(0, len(macs), net.MAC_SIZE)]
 
 
 def _parse_mac(text: str) -> bytes:

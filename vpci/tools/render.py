@@ -209,6 +209,14 @@ def ports(result: Mapping[str, Any]) -> None:
     show(console(), table)
 
 
+def receive_filter(result: Mapping[str, Any]) -> None:
+    """Which frames come in to a network device's driver."""
+    table = _table("what comes in", "filter", "value")
+    for name, value in result.items():
+        table.add_row(name, Text(value if isinstance(value, str) else " ".join(map(str, value)) or "-"))
+    show(console(), table)
+
+
 def output(result: Mapping[str, Any]) -> None:
     """What a console has kept, as it is."""
     sys.stdout.write(result["output"])
