@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import struct
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.net.rig import CSUM, CTRL, GUEST_CSUM, MAC, MQ, MRG, OFFLOADS, STATUS, WAIT_S, frame, header
-from vpci.backends.tap import TapWire, _attached
+from vpci.backends.tap import TUN_F_UFO, TUNSETOFFLOAD, TapWire, _attached
 from vpci.errors import BackendError
 
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
 GUEST_TSO4, HOST_TSO4 = 1 << 7, 1 << 11
-NEEDS_CSUM, TCPV4 = 1, 1
+UFO = 1 << 10 | 1 << 14
+NEEDS_CSUM, TCPV4, UDP = 1, 1, 3
+SYS_IOCTL, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 16, 38, 22
+SECCOMP_MODE_FILTER, SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW = 2, 0x50000, 0x7FFF0000
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -174,6 +179,40 @@ def test_offloads_are_offered_as_the_header_allows(make_net):
     offered = make_net("net.backend=tap", "net.tap=t0").device.offered_features()
     assert offered & 0x7FC0 == 0x7FC0
     assert not make_net().device.offered_features() & 0x7FC0
+
+
+def refuse_ufo() -> None:
+    """From now on this thread and those that it starts meet a kernel whose TAP knows no TUN_F_UFO. [seccomp(2)]"""
+    load, equal, bits_set, end = 0x20, 0x15, 0x45, 0x06  # BPF_LD|W|ABS, JMP|JEQ|K, JMP|JSET|K, RET|K
+    program = (
+        *((load, 0, 0, 0), (equal, 0, 5, SYS_IOCTL)),
+        *((load, 0, 0, 24), (equal, 0, 3, TUNSETOFFLOAD)),
+        *((load, 0, 0, 32), (bits_set, 0, 1, TUN_F_UFO)),
+        *((end, 0, 0, SECCOMP_RET_ERRNO | errno.EINVAL), (end, 0, 0, SECCOMP_RET_ALLOW)),
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *line) for line in program))
+    filtered = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", len(program), ctypes.addressof(code)))
+    for words in ((PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filtered, 0, 0)):
+        if libc.prctl(*words):
+            raise OSError(ctypes.get_errno(), "the test's kernel could not be made an older one")
+
+
+def test_a_kernel_without_ufo_has_it_neither_offered_nor_taken_and_keeps_the_rest(make_net, host):
+    def drive() -> None:
+        refuse_ufo()
+        rig = make_net("net.backend=tap", "net.tap=t0", features=CSUM | HOST_TSO4 | GUEST_CSUM | GUEST_TSO4)
+        assert rig.device.offered_features() & 0x7FC0 == 0x7FC0 & ~UFO
+        end = host.up()
+        fragment = frame(b"\xff" * 6, size=14, kind=b"\x08\x00") + ipv4(17, bytes(9000))
+        rig.driver.send(fragment, header(NEEDS_CSUM, UDP, 1400, 34, 6))
+        segment = frame(b"\xff" * 6, size=14, kind=b"\x08\x00") + ipv4(6, tcp_header() + bytes(9000))
+        rig.driver.send(segment, header(NEEDS_CSUM, TCPV4, 1400, 34, 16))
+        assert end.receive() == segment
+        assert rig.stats()["tx_bad_offload"] == 1
+        rig.stop()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(drive).result()
 
 
 def test_a_segment_that_the_driver_leaves_to_us_reaches_the_host_whole(make_net, host):

@@ -32,6 +32,7 @@ class Wire(Protocol):
     n_ports: int
     peer: str | None  # where datagrams go
     has_vnet: bool
+    has_ufo: bool  # with has_vnet: fragments of UDP are made and taken too
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:
         """Plug in what there is: plug(port, fd) gives the fd away. `watch` is that of models.base.Host."""
@@ -52,7 +53,7 @@ class Wire(Protocol):
 class NullWire:
     """Takes every frame and gives none."""
 
-    kind, n_ports, has_vnet = lib.VPCI_PORT_NULL, 1, False
+    kind, n_ports, has_vnet, has_ufo = lib.VPCI_PORT_NULL, 1, False, False
     peer: str | None = None
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import struct
 from collections.abc import Sequence
@@ -16,10 +17,13 @@ from vpci._core import lib
 from vpci.backends.net import IsPlugged, Plug, Watch
 from vpci.errors import BackendError
 
+log = logging.getLogger(__name__)
+
 TUN = "/dev/net/tun"
 TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ, TUNSETQUEUE = 0x400454CA, 0x800454D2, 0x400454D8, 0x400454D9
 IFF_TAP, IFF_NO_PI, IFF_MULTI_QUEUE, IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE = 0x2, 0x1000, 0x100, 0x200, 0x400
 IFF_VNET_HDR = 0x4000
+TUNSETOFFLOAD, TUN_F_CSUM, TUN_F_UFO = 0x400454D0, 0x01, 0x10
 _IFREQ = struct.Struct("16sH22x")
 _HEADER_BYTES = 10
 _HINTS = {
@@ -39,9 +43,12 @@ class TapWire:
         self._fds = [_taken(fd) for fd in fds] if fds else _opened(self.name, pairs)
         try:
             self.has_vnet = _prepare(self._fds)
+            self.has_ufo = self.has_vnet and _takes_ufo(self._fds[0])
         except BaseException:
             self.close()
             raise
+        if self.has_vnet and not self.has_ufo:
+            log.info("net: the kernel's TAP knows no fragmented UDP: GUEST_UFO and HOST_UFO are not offered")
         self.kind = lib.VPCI_PORT_TAP_VNET if self.has_vnet else lib.VPCI_PORT_TAP
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:
@@ -139,3 +146,15 @@ def _prepare(fds: Sequence[int]) -> bool:
     if len(found) != 1:
         raise BackendError("net.fds", 0, "some of the queues have the virtio header and some have not")
     return found.pop()
+
+
+def _takes_ufo(fd: int) -> bool:
+    """Whether the kernel hands over UDP datagrams to be fragmented; one that does not, takes none either."""
+    try:
+        fcntl.ioctl(fd, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_UFO)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise BackendError(TUN, error.errno or 0, f"cannot ask for offloads ({error.strerror})") from error
+        return False
+    fcntl.ioctl(fd, TUNSETOFFLOAD, 0)
+    return True

@@ -300,8 +300,7 @@ static void tap_offload(struct port *p, uint64_t bits)
         word |= bits >> flags[i].bit & 1 ? flags[i].flag : 0;
     if (!(word & TUN_F_CSUM))
         word = 0;   /* the kernel segments and sums then */
-    if (ioctl(p->fd, TUNSETOFFLOAD, word) < 0)
-        ioctl(p->fd, TUNSETOFFLOAD, word & ~(unsigned long)TUN_F_UFO);   /* kernels without it */
+    ioctl(p->fd, TUNSETOFFLOAD, word);   /* what this kernel refuses was not offered */
 }
 
 /* ---- loop and null ---- */

@@ -182,6 +182,7 @@ class NetModel(Model):
     def features(self) -> int:
         optional = {net.F_MTU: self.section.mtu is not None, net.F_MQ: self.section.pairs > 1}
         optional |= dict.fromkeys(net.OFFLOADS_OF_BACKEND, self.wire.has_vnet)
+        optional |= dict.fromkeys((net.F_GUEST_UFO, net.F_HOST_UFO), self.wire.has_ufo)
         return word_of([*_ALWAYS, *(bit for bit, offered in optional.items() if offered)])
 
     @property
