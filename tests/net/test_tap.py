@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -31,8 +32,8 @@ def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.fixture(autouse=True)
-def namespace() -> Iterator[None]:
+@contextlib.contextmanager
+def own_namespace() -> Iterator[None]:
     """This thread is in a network namespace of its own, and in the machine's again afterwards."""
     with open("/proc/self/ns/net") as old:
         if libc.unshare(CLONE_NEWNET) or not os.access("/dev/net/tun", os.W_OK):
@@ -41,6 +42,12 @@ def namespace() -> Iterator[None]:
             yield
         finally:
             libc.setns(old.fileno(), CLONE_NEWNET)
+
+
+@pytest.fixture(autouse=True)
+def namespace() -> Iterator[None]:
+    with own_namespace():
+        yield
 
 
 class HostEnd:

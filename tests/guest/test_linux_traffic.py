@@ -1,0 +1,151 @@
+"""Bulk traffic of Linux over TAP interfaces: iperf3 both ways, known bytes both ways, and what tshark says of it.
+
+A guest has three interfaces: with all offloads and four pairs of queues; with all offloads and a capture; and with no
+offload and a capture, so that what is on that wire is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.doubles import Served, serving
+from tests.guest import net_tools
+from tests.guest.traffic import MIB, WAIT_S, there_and_back
+from tests.net.test_tap import ip, own_namespace
+from vpci.ctl import ask
+from vpci.guest import Guest
+from vpci.tools import pcap
+
+CONFIG = '[device]\nmodel = "net"\n[net]\nbackend = "tap"\ntap = "t{n}"\n{more}\n'
+NO_OFFLOADS = "[features]\nmask = [0, 1, 7, 8, 9, 10, 11, 12, 13, 14]"
+FAST, LARGE, WHOLE = range(3)
+MORE = ("pairs = 4", 'capture = "net.pcap"', f'capture = "net.pcap"\n{NO_OFFLOADS}')
+BYTES = 64 * MIB
+MTU = 1500
+ON_WIRE = MTU + 14
+
+
+class Run(NamedTuple):
+    """A guest and the servers of its interfaces."""
+
+    guest: Guest
+    servers: Sequence[Served]
+
+    def stats(self, n: int) -> dict[str, int]:
+        return ask(str(self.servers[n].path), "state")["engine"]
+
+
+def host(n: int) -> str:
+    return f"10.7.{n}.1"
+
+
+def guests(n: int) -> str:
+    return f"10.7.{n}.2"
+
+
+@pytest.fixture(params=[("6.1", "intx"), ("sid", "msix")], ids="-".join, scope="module")
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    kernel, interrupts = request.param
+    sets = ["pci.msix_vectors=0"] if interrupts == "intx" else []
+    files = net_tools.iperf3_for_guests()
+    with ExitStack() as stack:
+        stack.enter_context(own_namespace())
+        ip("link", "set", "lo", "up")
+        servers = [
+            stack.enter_context(interface(tmp_path_factory.mktemp(f"net{n}"), n, sets)) for n in range(len(MORE))
+        ]
+        sockets = [server.path for server in servers]
+        guest = stack.enter_context(Guest(sockets=sockets, kernel=kernel, smp=2, memory_mib=512, files=files))
+        for n in range(len(MORE)):
+            guest.check(f"ip link set eth{n} up && ip addr add {guests(n)}/24 dev eth{n}")
+        yield Run(guest, servers)
+        guest.close()
+        for server in servers:
+            check_counters(server)
+
+
+@contextlib.contextmanager
+def interface(folder: Path, n: int, sets: Sequence[str]) -> Iterator[Served]:
+    """A server, and its end on the host, which has no IPv6: it would talk by itself."""
+    config = folder / "net.toml"
+    config.write_text(CONFIG.format(n=n, more=MORE[n]))
+    with serving(config, sets, cwd=folder) as server:
+        Path(f"/proc/sys/net/ipv6/conf/t{n}/disable_ipv6").write_text("1")
+        ip("link", "set", f"t{n}", "up")
+        ip("addr", "add", f"{host(n)}/24", "dev", f"t{n}")
+        yield server
+
+
+def check_counters(server: Served) -> None:
+    server.process.send_signal(signal.SIGTERM)
+    stopped = server.wait_event(lambda event: event["event"] == "stopped")
+    assert stopped["drained"], stopped["lost"]
+    engine = stopped["state"]["engine"]
+    for name in ("rx_too_long", "rx_bad_buffer", "rx_bad_offload", "tx_bad_offload", "not_captured", "failures"):
+        assert engine[name] == 0, engine
+
+
+@pytest.mark.parametrize("way", ["", "--reverse"], ids=["to-host", "to-guest"])
+def test_iperf3_moves_what_it_was_told_to(run, way):
+    before = run.stats(FAST)
+    end = net_tools.iperf3(run.guest, host(FAST), f"--bytes {BYTES} {way}")
+    assert end["sum_sent"]["bytes"] >= BYTES
+    assert end["sum_received"]["bytes"] >= BYTES
+    moved = "rx_bytes" if way else "tx_bytes"
+    assert run.stats(FAST)[moved] - before[moved] >= BYTES
+
+
+def test_iperf3_moves_both_ways_at_once_in_several_streams(run):
+    end = net_tools.iperf3(run.guest, host(FAST), f"--bytes {BYTES // 4} --parallel 2 --bidir")
+    for name in ("sum_received", "sum_received_bidir_reverse"):
+        assert end[name]["bytes"] > 0
+
+
+def test_known_bytes_arrive_in_the_guest_and_come_back(run):
+    there_and_back(run.guest, host(FAST), random.Random(1).randbytes(BYTES))
+
+
+def captured(run: Run, n: int) -> Path:
+    """The capture, once all that was counted is in the file."""
+    path = run.servers[n].cwd / "net.pcap"
+    deadline = time.monotonic() + WAIT_S
+    while (frames := count(path.read_bytes())) < (wanted := run.stats(n)["captured"]):
+        assert time.monotonic() < deadline, (frames, wanted)
+    return path
+
+
+def count(data: bytes) -> int:
+    """Frames in a file whose last one may be cut off."""
+    try:
+        return sum(1 for _ in pcap.frames(data))
+    except pcap.PcapError:
+        return 0
+
+
+@pytest.mark.parametrize("n", [LARGE, WHOLE], ids=["offloads", "none"])
+def test_tshark_finds_every_frame_sound_and_the_stream_as_it_was_sent(run, n):
+    """Segments longer than the wire's are there where they were negotiated, each way, and nowhere else."""
+    data = random.Random(n).randbytes(8 * MIB)
+    there_and_back(run.guest, host(n), data)
+    capture = captured(run, n)
+    assert net_tools.followed(capture, 0) == (b"", data)
+    assert net_tools.followed(capture, 1) == (data, b"")
+    frames = net_tools.tshark(capture)
+    assert not [frame for frame in frames if frame.malformed]
+    for source in (host(n), guests(n)):
+        sent = [frame for frame in frames if frame.source == source and frame.is_tcp]
+        assert all(frame.ip_sum_is_right and frame.tcp_sum_is_right for frame in sent)
+        if n == WHOLE:
+            assert all(frame.tcp_sum_is_whole for frame in sent)
+            assert max(frame.size for frame in sent) == ON_WIRE
+        else:
+            assert sum(frame.size > ON_WIRE for frame in sent) > 50
