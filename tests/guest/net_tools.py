@@ -118,18 +118,20 @@ class Frame(NamedTuple):
 
     size: int
     source: str
-    is_tcp: bool
-    ip_sum_is_right: bool
+    stream: str  # of TCP, numbered from "0" on; "": it is none
+    ip_sum_is_right: bool  # IPv6 has none to be wrong
     tcp_sum_is_right: bool  # also when it is that of the pseudo header alone, as it is left to an offload
     tcp_sum_is_whole: bool
     malformed: bool
 
 
 FIELDS = (
-    *("frame.len", "ip.src", "ip.checksum.status", "tcp.checksum.status"),
+    *("frame.len", "ip.src", "ipv6.src", "tcp.stream", "ip.checksum.status", "tcp.checksum.status"),
     *("tcp.checksum", "tcp.checksum_calculated", "_ws.malformed"),
 )
 GOOD = "1"
+#: What is dissected: whatever else tshark believes to see is random bytes, and malformed as such.
+PROTOCOLS = "frame,eth,ethertype,vlan,arp,ip,ipv6,icmp,icmpv6,igmp,tcp,udp,data,_ws.malformed"
 
 
 def tshark(capture: Path) -> list[Frame]:
@@ -140,11 +142,14 @@ def tshark(capture: Path) -> list[Frame]:
     return [judgement(*line.split("\t")) for line in lines]
 
 
-def judgement(size: str, source: str, ip: str, tcp: str, got: str, wanted: str, malformed: str) -> Frame:
-    return Frame(int(size), source, bool(tcp), ip == GOOD, tcp == GOOD, bool(got) and got == wanted, bool(malformed))
+def judgement(
+    size: str, ipv4: str, ipv6: str, stream: str, ip: str, tcp: str, got: str, wanted: str, malformed: str
+) -> Frame:
+    whole = bool(got) and got == wanted
+    return Frame(int(size), ipv4 or ipv6, stream, bool(ipv6) or ip == GOOD, tcp == GOOD, whole, bool(malformed))
 
 
-def followed(capture: Path, stream: int = 0) -> tuple[bytes, bytes]:
+def followed(capture: Path, stream: str = "0") -> tuple[bytes, bytes]:
     """The bytes of a TCP stream as tshark puts them together: from who opened it, and to them."""
     text = run_tshark(capture, "-q", "-z", f"follow,tcp,raw,{stream}")
     lines = [line for line in text.splitlines() if line.strip() and set(line.strip()) <= set("0123456789abcdef")]
@@ -154,7 +159,7 @@ def followed(capture: Path, stream: int = 0) -> tuple[bytes, bytes]:
 
 
 def run_tshark(capture: Path, *options: str) -> str:
-    words = command("tshark", "-n", "-r", str(capture), *options)
+    words = command("tshark", "-n", "-r", str(capture), "--only-protocols", PROTOCOLS, *options)
     done = subprocess.run(words, capture_output=True, text=True, env={**environment(), "HOME": str(capture.parent)})
     assert done.returncode == 0, done.stderr
     return done.stdout

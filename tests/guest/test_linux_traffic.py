@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,11 +18,10 @@ import pytest
 
 from tests.doubles import Served, serving
 from tests.guest import net_tools
-from tests.guest.traffic import MIB, WAIT_S, there_and_back
+from tests.guest.traffic import MIB, captured, there_and_back
 from tests.net.test_tap import ip, own_namespace
 from vpci.ctl import ask
 from vpci.guest import Guest
-from vpci.tools import pcap
 
 CONFIG = '[device]\nmodel = "net"\n[net]\nbackend = "tap"\ntap = "t{n}"\n{more}\n'
 NO_OFFLOADS = "[features]\nmask = [0, 1, 7, 8, 9, 10, 11, 12, 13, 14]"
@@ -52,6 +50,9 @@ def guests(n: int) -> str:
     return f"10.7.{n}.2"
 
 
+HOST6, GUEST6 = "fd07::1", "fd07::2"
+
+
 @pytest.fixture(params=[("6.1", "intx"), ("sid", "msix")], ids="-".join, scope="module")
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     kernel, interrupts = request.param
@@ -66,7 +67,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         sockets = [server.path for server in servers]
         guest = stack.enter_context(Guest(sockets=sockets, kernel=kernel, smp=2, memory_mib=512, files=files))
         for n in range(len(MORE)):
-            guest.check(f"ip link set eth{n} up && ip addr add {guests(n)}/24 dev eth{n}")
+            guest.check(f"echo 0 > /proc/sys/net/ipv6/conf/eth{n}/accept_dad; ip link set eth{n} up")
+            guest.check(f"ip addr add {guests(n)}/24 dev eth{n}")
+        guest.check(f"ip addr add {GUEST6}/64 dev eth{LARGE}")
         yield Run(guest, servers)
         guest.close()
         for server in servers:
@@ -75,13 +78,14 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @contextlib.contextmanager
 def interface(folder: Path, n: int, sets: Sequence[str]) -> Iterator[Served]:
-    """A server, and its end on the host, which has no IPv6: it would talk by itself."""
+    """A server, and its end on the host."""
     config = folder / "net.toml"
     config.write_text(CONFIG.format(n=n, more=MORE[n]))
     with serving(config, sets, cwd=folder) as server:
-        Path(f"/proc/sys/net/ipv6/conf/t{n}/disable_ipv6").write_text("1")
         ip("link", "set", f"t{n}", "up")
         ip("addr", "add", f"{host(n)}/24", "dev", f"t{n}")
+        if n == LARGE:
+            ip("addr", "add", f"{HOST6}/64", "dev", f"t{n}", "nodad")
         yield server
 
 
@@ -114,35 +118,24 @@ def test_known_bytes_arrive_in_the_guest_and_come_back(run):
     there_and_back(run.guest, host(FAST), random.Random(1).randbytes(BYTES))
 
 
-def captured(run: Run, n: int) -> Path:
-    """The capture, once all that was counted is in the file."""
-    path = run.servers[n].cwd / "net.pcap"
-    deadline = time.monotonic() + WAIT_S
-    while (frames := count(path.read_bytes())) < (wanted := run.stats(n)["captured"]):
-        assert time.monotonic() < deadline, (frames, wanted)
-    return path
-
-
-def count(data: bytes) -> int:
-    """Frames in a file whose last one may be cut off."""
-    try:
-        return sum(1 for _ in pcap.frames(data))
-    except pcap.PcapError:
-        return 0
-
-
-@pytest.mark.parametrize("n", [LARGE, WHOLE], ids=["offloads", "none"])
-def test_tshark_finds_every_frame_sound_and_the_stream_as_it_was_sent(run, n):
+@pytest.mark.parametrize(
+    ("n", "here", "there"),
+    [(LARGE, host(LARGE), guests(LARGE)), (LARGE, HOST6, GUEST6), (WHOLE, host(WHOLE), guests(WHOLE))],
+    ids=["offloads-ipv4", "offloads-ipv6", "none"],
+)
+def test_tshark_finds_every_frame_sound_and_the_stream_as_it_was_sent(run, n, here, there):
     """Segments longer than the wire's are there where they were negotiated, each way, and nowhere else."""
     data = random.Random(n).randbytes(8 * MIB)
-    there_and_back(run.guest, host(n), data)
-    capture = captured(run, n)
-    assert net_tools.followed(capture, 0) == (b"", data)
-    assert net_tools.followed(capture, 1) == (data, b"")
+    before = {frame.stream for frame in net_tools.tshark(captured(run.servers[n]))} - {""}
+    there_and_back(run.guest, here, data)
+    capture = captured(run.servers[n])
     frames = net_tools.tshark(capture)
     assert not [frame for frame in frames if frame.malformed]
-    for source in (host(n), guests(n)):
-        sent = [frame for frame in frames if frame.source == source and frame.is_tcp]
+    into, out = sorted({frame.stream for frame in frames} - before - {""}, key=int)
+    assert net_tools.followed(capture, into) == (b"", data)
+    assert net_tools.followed(capture, out) == (data, b"")
+    for source in (here, there):
+        sent = [frame for frame in frames if frame.source == source and frame.stream in (into, out)]
         assert all(frame.ip_sum_is_right and frame.tcp_sum_is_right for frame in sent)
         if n == WHOLE:
             assert all(frame.tcp_sum_is_whole for frame in sent)

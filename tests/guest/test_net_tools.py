@@ -40,7 +40,7 @@ def test_tshark_tells_sound_frames_from_broken_ones(tmp_path: Path) -> None:
     capture = tmp_path / "made.pcap"
     capture.write_bytes(pcap.header() + b"".join(pcap.record(frame, n) for n, frame in enumerate(frames)))
     sound, wrong, partial, wrong_ip, short = net_tools.tshark(capture)
-    assert sound == net_tools.Frame(len(segment()), "10.7.0.2", True, True, True, True, False)
+    assert sound == net_tools.Frame(len(segment()), "10.7.0.2", "0", True, True, True, False)
     assert (wrong.tcp_sum_is_right, wrong.tcp_sum_is_whole) == (False, False)
     assert (partial.tcp_sum_is_right, partial.tcp_sum_is_whole) == (True, False)
     assert not wrong_ip.ip_sum_is_right

@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import socket
 import threading
+import time
+from pathlib import Path
 
+from tests.doubles import Served
+from vpci.ctl import ask
 from vpci.guest import Guest
+from vpci.tools import pcap
 
 MIB = 1 << 20
 WAIT_S = 60
@@ -19,7 +24,8 @@ class Peer(threading.Thread):
     def __init__(self, address: str, data: bytes = b"") -> None:
         super().__init__(daemon=True)
         self.data, self.digest = data, ""
-        self.listener = socket.create_server((address, 0))
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.listener = socket.create_server((address, 0), family=family)
         self.listener.settimeout(WAIT_S)
         self.port = self.listener.getsockname()[1]
         self.start()
@@ -46,3 +52,20 @@ def there_and_back(guest: Guest, address: str, data: bytes, via: str = "") -> No
     guest.check(f"nc {via or address} {out.port} < {INTO}", timeout=WAIT_S)
     out.join(WAIT_S)
     assert out.digest == wanted
+
+
+def captured(server: Served) -> Path:
+    """The capture of a server with one, net.pcap, once all that was counted so far is in the file."""
+    path, wanted = server.cwd / "net.pcap", ask(str(server.path), "state")["engine"]["captured"]
+    deadline = time.monotonic() + WAIT_S
+    while (frames := n_frames(path.read_bytes())) < wanted:
+        assert time.monotonic() < deadline, (frames, wanted)
+    return path
+
+
+def n_frames(data: bytes) -> int:
+    """Whole frames in a file that is being written; none while its last one is cut off."""
+    try:
+        return sum(1 for _ in pcap.frames(data))
+    except pcap.PcapError:
+        return 0
