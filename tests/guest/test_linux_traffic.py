@@ -28,8 +28,8 @@ NO_OFFLOADS = "[features]\nmask = [0, 1, 7, 8, 9, 10, 11, 12, 13, 14]"
 FAST, LARGE, WHOLE = range(3)
 MORE = ("pairs = 4", 'capture = "net.pcap"', f'capture = "net.pcap"\n{NO_OFFLOADS}')
 BYTES = 64 * MIB
-MTU = 1500
-ON_WIRE = MTU + 14
+MTU, JUMBO = 1500, 9000
+ETHERNET = 14
 
 
 class Run(NamedTuple):
@@ -125,6 +125,35 @@ def test_known_bytes_arrive_in_the_guest_and_come_back(run):
 )
 def test_tshark_finds_every_frame_sound_and_the_stream_as_it_was_sent(run, n, here, there):
     """Segments longer than the wire's are there where they were negotiated, each way, and nowhere else."""
+    for source, sent in streamed(run, n, here, there).items():
+        if n == WHOLE:
+            assert all(frame.tcp_sum_is_whole for frame in sent)
+            assert max(frame.size for frame in sent) == MTU + ETHERNET
+        else:
+            assert sum(frame.size > MTU + ETHERNET for frame in sent) > 50, source
+
+
+def test_a_stream_in_jumbo_frames_uses_them_whole(run):
+    with mtu(run, WHOLE, JUMBO):
+        for sent in streamed(run, WHOLE, host(WHOLE), guests(WHOLE)).values():
+            assert all(frame.tcp_sum_is_whole for frame in sent)
+            assert max(frame.size for frame in sent) == JUMBO + ETHERNET
+
+
+@contextlib.contextmanager
+def mtu(run: Run, n: int, size: int) -> Iterator[None]:
+    """Both ends of an interface with another MTU."""
+    try:
+        ip("link", "set", f"t{n}", "mtu", str(size))
+        run.guest.check(f"ip link set eth{n} mtu {size}")
+        yield
+    finally:
+        ip("link", "set", f"t{n}", "mtu", str(MTU))
+        run.guest.check(f"ip link set eth{n} mtu {MTU}")
+
+
+def streamed(run: Run, n: int, here: str, there: str) -> dict[str, list[net_tools.Frame]]:
+    """The frames of 8 MiB to the guest and back, by who sent them, once tshark found them sound, and those bytes in them."""
     data = random.Random(n).randbytes(8 * MIB)
     before = {frame.stream for frame in net_tools.tshark(captured(run.servers[n]))} - {""}
     there_and_back(run.guest, here, data)
@@ -134,11 +163,6 @@ def test_tshark_finds_every_frame_sound_and_the_stream_as_it_was_sent(run, n, he
     into, out = sorted({frame.stream for frame in frames} - before - {""}, key=int)
     assert net_tools.followed(capture, into) == (b"", data)
     assert net_tools.followed(capture, out) == (data, b"")
-    for source in (here, there):
-        sent = [frame for frame in frames if frame.source == source and frame.stream in (into, out)]
-        assert all(frame.ip_sum_is_right and frame.tcp_sum_is_right for frame in sent)
-        if n == WHOLE:
-            assert all(frame.tcp_sum_is_whole for frame in sent)
-            assert max(frame.size for frame in sent) == ON_WIRE
-        else:
-            assert sum(frame.size > ON_WIRE for frame in sent) > 50
+    ours = [frame for frame in frames if frame.stream in (into, out)]
+    assert all(frame.ip_sum_is_right and frame.tcp_sum_is_right for frame in ours)
+    return {source: [frame for frame in ours if frame.source == source] for source in (here, there)}

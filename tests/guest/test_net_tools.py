@@ -22,9 +22,9 @@ def total(data: bytes) -> int:
     return value
 
 
-def segment(tcp_sum: int | None = None, ip_sum: int | None = None, cut: int = 0) -> bytes:
+def segment(tcp_sum: int | None = None, ip_sum: int | None = None, cut: int = 0, more: bytes = b"") -> bytes:
     """A frame with one segment, whose sums are right unless they are given."""
-    tcp = struct.pack(">HHIIBBHHH", 1000, 2000, 1, 1, 0x50, 0x18, 1000, 0, 0) + PAYLOAD
+    tcp = struct.pack(">HHIIBBHHH", 1000, 2000, 1, 1, 0x50, 0x18, 1000, 0, 0) + PAYLOAD + more
     tcp = tcp[: len(tcp) - cut]
     pseudo = ENDS + struct.pack(">HH", 6, len(tcp))
     tcp_sum = ~total(pseudo + tcp) & 0xFFFF if tcp_sum is None else tcp_sum
@@ -36,13 +36,17 @@ def segment(tcp_sum: int | None = None, ip_sum: int | None = None, cut: int = 0)
 
 def test_tshark_tells_sound_frames_from_broken_ones(tmp_path: Path) -> None:
     left_to_an_offload = total(ENDS + struct.pack(">HH", 6, 20 + len(PAYLOAD)))
-    frames = [segment(), segment(tcp_sum=0x1234), segment(left_to_an_offload), segment(ip_sum=1), segment(cut=50)]
+    (without,) = struct.unpack_from(">H", segment(more=bytes(3)), 14 + 20 + 16)
+    zero = segment(0xFFFF, more=b"\0" + struct.pack(">H", without))
+    broken = [segment(tcp_sum=0x1234), segment(left_to_an_offload), segment(ip_sum=1), segment(cut=50)]
+    frames = [segment(), *broken, zero]
     capture = tmp_path / "made.pcap"
     capture.write_bytes(pcap.header() + b"".join(pcap.record(frame, n) for n, frame in enumerate(frames)))
-    sound, wrong, partial, wrong_ip, short = net_tools.tshark(capture)
+    sound, wrong, partial, wrong_ip, short, zero_sum = net_tools.tshark(capture)
     assert sound == net_tools.Frame(len(segment()), "10.7.0.2", "0", True, True, True, False)
     assert (wrong.tcp_sum_is_right, wrong.tcp_sum_is_whole) == (False, False)
     assert (partial.tcp_sum_is_right, partial.tcp_sum_is_whole) == (True, False)
     assert not wrong_ip.ip_sum_is_right
     assert short.malformed
+    assert zero_sum.tcp_sum_is_right and zero_sum.tcp_sum_is_whole
     assert net_tools.followed(capture)[0].startswith(PAYLOAD)

@@ -14,7 +14,7 @@ from vpci.guest import Guest
 from vpci.tools import pcap
 
 MIB = 1 << 20
-WAIT_S = 60
+WAIT_S = 120
 INTO = "/into"  # in the guest: what came
 
 
