@@ -12,10 +12,13 @@ from typing import NamedTuple
 import pytest
 
 from tests.doubles import Served, serving
+from tests.guest import net_tools
+from tests.guest.traffic import captured
 from vpci.ctl import ask
 from vpci.guest import Guest
 
 CONFIG = '[device]\nmodel = "net"\n[net]\nmac = "{mac}"\nbackend = "stream"\nmtu = {mtu}\n{end} = "{wire}"\n'
+CONFIG += 'capture = "net.pcap"\n'
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
 ADDRESSES = ("10.7.0.1", "10.7.0.2")
 MTU = 9000
@@ -109,7 +112,7 @@ def test_two_guests_ping_each_other(ends, size):
 
 @pytest.mark.parametrize("way", [0, 1])
 def test_a_stream_of_tcp_arrives_as_it_was_sent(ends, way):
-    """16 MiB; the checksums are left to the device by the sender."""
+    """16 MiB; the checksums are left to the device by the sender, and whole on the wire."""
     sender, receiver = ends[way], ends[1 - way]
     receiver.guest.check("(tail -f /dev/null | nc -l -p 5000 > /got; echo done > /end) >/dev/null 2>&1 &")
     sender.guest.check("dd if=/dev/urandom of=/sent bs=1M count=16 2>&1")
@@ -121,6 +124,10 @@ def test_a_stream_of_tcp_arrives_as_it_was_sent(ends, way):
     ]
     assert sums[0] == sums[1]
     assert sender.stats()["checksums"] > 1000
+    frames = [frame for item in ends for frame in net_tools.tshark(captured(item.server))]
+    assert not [frame for frame in frames if frame.malformed]
+    assert all(frame.tcp_sum_is_whole for frame in frames if frame.stream)
+    assert max(frame.size for frame in frames) == MTU + 14
 
 
 def test_the_link_goes_down_and_up(ends):

@@ -5,11 +5,8 @@ The host's end is the host's own kernel: it answers pings, and it judges every c
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.doubles import Served, serving
+from tests.guest.traffic import MIB, WAIT_S, there_and_back
 from tests.net.test_tap import ip, namespace
 from vpci.ctl import ask
 from vpci.guest import Guest
@@ -27,9 +25,7 @@ from vpci.tools import pcap
 __all__ = ["namespace"]
 
 HOST, GUEST = "10.7.0.1", "10.7.0.2"
-MIB = 1 << 20
 SIZE = 32 * MIB
-WAIT_S = 60
 CONFIG = '[device]\nmodel = "net"\n[net]\nbackend = "tap"\ntap = "t0"\npairs = 4\ncapture = "net.pcap"\n'
 #: CSUM, GUEST_CSUM, the GUEST_ and HOST_ bits of TSO4, TSO6 and ECN.
 SEGMENTS = {0, 1, 7, 8, 9, 11, 12, 13}
@@ -73,42 +69,11 @@ def run(request: pytest.FixtureRequest, namespace: None, tmp_path: Path) -> Iter
             assert engine[name] == 0, engine
 
 
-class Peer(threading.Thread):
-    """The host's end of one connection: reads all and keeps its digest, or sends `data`."""
-
-    def __init__(self, data: bytes = b"") -> None:
-        super().__init__(daemon=True)
-        self.data, self.digest = data, ""
-        self.listener = socket.create_server((HOST, 0))
-        self.listener.settimeout(WAIT_S)
-        self.port = self.listener.getsockname()[1]
-        self.start()
-
-    def run(self) -> None:
-        peer, _ = self.listener.accept()
-        with self.listener, peer:
-            peer.settimeout(WAIT_S)
-            peer.sendall(self.data)
-            digest = hashlib.md5()
-            while not self.data and (got := peer.recv(MIB)):
-                digest.update(got)
-            self.digest = digest.hexdigest()
-
-
 def test_streams_go_both_ways_in_segments_that_the_other_end_cuts(run):
     assert run.features() >= SEGMENTS
     run.guest.check(f"ping -c 3 -A -W 5 {HOST}")
     before = run.stats()
-    out = Peer()
-    made = run.guest.check(f"dd if=/dev/urandom of=/sent bs=1M count={SIZE // MIB} 2>/dev/null; md5sum /sent").text
-    run.guest.check(f"nc {HOST} {out.port} < /sent", timeout=WAIT_S)
-    out.join(WAIT_S)
-    assert out.digest == made.split()[0]
-    data = os.urandom(SIZE)
-    into = Peer(data)
-    # nc ends when its input does, so that must last; the shell tells of the end of what it had killed
-    run.guest.check(f"tail -f /dev/null | (nc {HOST} {into.port}; killall tail) | md5sum > /sum", timeout=WAIT_S)
-    assert run.guest.read_file("/sum").decode().split()[0] == hashlib.md5(data).hexdigest()
+    there_and_back(run.guest, HOST, os.urandom(SIZE))
     after = run.stats()
     assert after["tx_bytes"] - before["tx_bytes"] > SIZE
     assert after["rx_bytes"] - before["rx_bytes"] > SIZE

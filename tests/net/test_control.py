@@ -132,6 +132,17 @@ def test_a_table_of_more_addresses_than_fit_lets_all_of_its_kind_pass(asked):
     assert through(frame(bytes([2, 0, 0, 0, 1, 63])), THEIRS) == [frame(bytes([2, 0, 0, 0, 1, 63]))]
 
 
+def test_the_filter_is_told_as_it_is_in_effect(asked):
+    rig, command, _ = asked()
+    command(0, 0, b"\0")
+    command(0, 3, b"\1")
+    command(2, 0, struct.pack("<H", 5))
+    command(1, 0, macs(*(bytes([2, 0, 0, 0, 1, n]) for n in range(65))) + macs(GROUP))
+    told = rig.model.filter()
+    assert told["modes"] == ["ALLUNI", "NOMULTI"]
+    assert (told["unicast"], told["multicast"], told["vlans"]) == ([], ["01:00:5e:00:00:01"], [5])
+
+
 def test_the_address_is_set_by_a_command(asked):
     rig, command, through = asked()
     command(0, 0, b"\0")
@@ -200,10 +211,10 @@ def test_unknown_commands_are_refused(asked, kind):
 def test_a_command_of_another_length_is_refused_and_changes_nothing(asked, kind, command_number, right):
     """O13."""
     rig, command, _ = asked(CONTROL | ANNOUNCE | STATUS | MQ | OFFLOADS | GUEST_CSUM, "net.pairs=4")
-    before = rig.model.interface()
+    before = rig.model.filter()
     for wrong in ({right[:-1], right[:1], b"", right * 9} - {right}) | {right + b"\0"}:
         assert command(kind, command_number, wrong) == ERR, wrong
-    assert rig.model.interface() == before
+    assert rig.model.filter() == before
     assert command(kind, command_number, right) == OK
 
 
@@ -322,7 +333,7 @@ def test_what_the_driver_asked_for_is_shown_and_forgotten_by_a_reset(asked):
     ctl = Ctl(rig.server)
 
     def shown() -> dict[str, object]:
-        return ctl.answer(b'{"op": "interface"}')["result"]
+        return ctl.answer(b'{"op": "filter"}')["result"]
 
     fresh = shown()
     for kind, number, data in (
@@ -336,10 +347,9 @@ def test_what_the_driver_asked_for_is_shown_and_forgotten_by_a_reset(asked):
         "carrier": True,
         "announce": False,
         "pairs": 3,
-        "modes": ["allmulti", "nobcast"],
+        "modes": ["ALLMULTI", "NOBCAST"],
         "unicast": [NEIGHBOUR.hex(":")],
         "multicast": [GROUP.hex(":")] * 2,
-        "overflow": [],
         "vlans": [7, 4095],
         "offloads": [],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -11,7 +12,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,8 +23,11 @@ from vpci.errors import BackendError, ConfigError
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
 GSO, GUEST_TSO4, GUEST_ECN, HOST_TSO4 = 1 << 6, 1 << 7, 1 << 9, 1 << 11
-NEEDS_CSUM, TCPV4, ECN = 1, 1, 0x80
+UFO = 1 << 10 | 1 << 14
+NEEDS_CSUM, TCPV4, UDP, ECN = 1, 1, 3, 0x80
 SIOCETHTOOL, ETHTOOL_GTSO = 0x8946, 0x1E
+SYS_IOCTL, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 16, 38, 22
+SECCOMP_MODE_FILTER, SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW = 2, 0x50000, 0x7FFF0000
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -31,8 +35,8 @@ def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.fixture(autouse=True)
-def namespace() -> Iterator[None]:
+@contextlib.contextmanager
+def own_namespace() -> Iterator[None]:
     """This thread is in a network namespace of its own, and in the machine's again afterwards."""
     with open("/proc/self/ns/net") as old:
         if libc.unshare(CLONE_NEWNET) or not os.access("/dev/net/tun", os.W_OK):
@@ -41,6 +45,12 @@ def namespace() -> Iterator[None]:
             yield
         finally:
             libc.setns(old.fileno(), CLONE_NEWNET)
+
+
+@pytest.fixture(autouse=True)
+def namespace() -> Iterator[None]:
+    with own_namespace():
+        yield
 
 
 class HostEnd:
@@ -187,24 +197,6 @@ def test_what_a_tap_does_with_offloads_is_told(make_net):
     assert {"GSO", "GUEST_UFO", "HOST_TSO6", "CSUM", "GUEST_CSUM"} <= set(told["carried"])
 
 
-def test_what_the_kernel_refuses_is_not_offered_and_told(make_net, monkeypatch):
-    """As kernel 4.14 refused UFO."""
-    real = fcntl.ioctl
-
-    def without_ufo(fd: int, request: int, word: Any = 0) -> Any:
-        if request == TUNSETOFFLOAD and word & TUN_F_UFO:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return real(fd, request, word)
-
-    monkeypatch.setattr(fcntl, "ioctl", without_ufo)
-    rig = make_net("net.backend=tap", "net.tap=t0")
-    (told,) = rig.wait_events("offloads")
-    assert told["removed"] == ["GUEST_UFO", "HOST_UFO"]
-    assert rig.device.offered_features() & 0x7FC0 == 0x7FC0 & ~(1 << 10 | 1 << 14)
-    with pytest.raises(ConfigError, match="does not carry"):
-        make_net("net.backend=tap", "net.tap=t1", "features.offer=['HOST_UFO']")
-
-
 def test_a_segment_of_udp_reaches_the_host_whole(make_net, host):
     """UFO, which Linux gave up in 4.14 and older guests have."""
     rig = make_net("net.backend=tap", "net.tap=t0", features=CSUM | 1 << 14)
@@ -230,6 +222,44 @@ def test_an_interface_that_is_there_stays_when_it_is_opened_again(make_net, host
     rig.model.reopen()
     exchange(rig, end)
     assert rig.events("backend_gone") == []
+
+
+def refuse_ufo() -> None:
+    """From now on this thread and those that it starts meet a kernel whose TAP knows no TUN_F_UFO. [seccomp(2)]"""
+    load, equal, bits_set, end = 0x20, 0x15, 0x45, 0x06  # BPF_LD|W|ABS, JMP|JEQ|K, JMP|JSET|K, RET|K
+    program = (
+        *((load, 0, 0, 0), (equal, 0, 5, SYS_IOCTL)),
+        *((load, 0, 0, 24), (equal, 0, 3, TUNSETOFFLOAD)),
+        *((load, 0, 0, 32), (bits_set, 0, 1, TUN_F_UFO)),
+        *((end, 0, 0, SECCOMP_RET_ERRNO | errno.EINVAL), (end, 0, 0, SECCOMP_RET_ALLOW)),
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *line) for line in program))
+    filtered = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", len(program), ctypes.addressof(code)))
+    for words in ((PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filtered, 0, 0)):
+        if libc.prctl(*words):
+            raise OSError(ctypes.get_errno(), "the test's kernel could not be made an older one")
+
+
+def test_a_kernel_without_ufo_has_it_neither_offered_nor_taken_and_keeps_the_rest(make_net, host):
+    def drive() -> None:
+        refuse_ufo()
+        rig = make_net("net.backend=tap", "net.tap=t0", features=CSUM | HOST_TSO4 | GUEST_CSUM | GUEST_TSO4)
+        (told,) = rig.wait_events("offloads")
+        assert told["removed"] == ["GUEST_UFO", "HOST_UFO"]
+        assert rig.device.offered_features() & 0x7FC0 == 0x7FC0 & ~UFO
+        with pytest.raises(ConfigError, match="does not carry"):
+            make_net("net.backend=tap", "net.tap=t1", "features.offer=['HOST_UFO']")
+        end = host.up()
+        fragment = frame(b"\xff" * 6, size=14, kind=b"\x08\x00") + ipv4(17, bytes(9000))
+        rig.driver.send(fragment, header(NEEDS_CSUM, UDP, 1400, 34, 6))
+        segment = frame(b"\xff" * 6, size=14, kind=b"\x08\x00") + ipv4(6, tcp_header() + bytes(9000))
+        rig.driver.send(segment, header(NEEDS_CSUM, TCPV4, 1400, 34, 16))
+        assert end.receive() == segment
+        assert rig.stats()["tx_bad_offload"] == 1
+        rig.stop()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(drive).result()
 
 
 def test_a_segment_that_the_driver_leaves_to_us_reaches_the_host_whole(make_net, host):

@@ -7,7 +7,7 @@ import pytest
 
 from vpci.guest import initramfs
 from vpci.guest.initramfs import cpio
-from vpci.guest.kernel import Kernel
+from vpci.guest.kernel import Kernel, dep_text
 
 MODE, N_LINKS, SIZE, MAJOR, MINOR, NAME_SIZE = 1, 4, 6, 9, 10, 11
 
@@ -79,3 +79,15 @@ def test_the_modules_are_listed_in_load_order(tmp_path: Path) -> None:
     assert found["modules/order"][1] == b"virtio_ring\nvirtio\n"
     assert {"modules/virtio.ko", "bin/busybox", "init", "commands", "extra"} <= found.keys()
     assert found["init"][0][MODE] == 0o100755
+
+
+def test_modules_for_later_are_where_modprobe_looks_and_are_not_loaded(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("virtio.ko", "vmlinuz", "busybox", "llc.ko", "8021q.ko")]
+    for path in files:
+        path.write_bytes(path.name.encode())
+    needs = dep_text({"llc": [], "8021q": ["llc", "stp-x"]})
+    kernel = Kernel("k", "1.0", files[1], (files[0],), files[2], (files[3], files[4]), needs)
+    found = by_name(gzip.decompress(initramfs.build(kernel)))
+    assert found["modules/order"][1] == b"virtio\n"
+    assert found["lib/modules/1.0/modules.dep"][1] == b"llc.ko:\n8021q.ko: stp_x.ko llc.ko\n"
+    assert found["lib/modules/1.0/8021q.ko"][1] == b"8021q.ko"

@@ -23,5 +23,10 @@ def run(args: argparse.Namespace) -> int:
 def _show(operation: str, result: Mapping[str, Any]) -> None:
     from vpci.tools import render
 
-    shown = {"state": render.state, "help": render.operations, "ports": render.ports, "output": render.output}
+    shown = {
+        "state": render.state,
+        "help": render.operations,
+        "ports": render.ports,
+        "output": render.output,
+    }
     shown.get(operation, render.facts)(result)

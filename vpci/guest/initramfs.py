@@ -1,7 +1,7 @@
 """The guest's first file system: machine hands it a kernel and the caller's files, it hands back a cpio archive.
 
-newc cpio, written here, gzip level 1. Inside: busybox, the modules, and an /init that loads them and serves the
-host's commands on the second serial port (`link` is the other end).
+newc cpio, written here, gzip level 1. Inside: busybox, the modules, those for a later modprobe where it looks for them,
+and an /init that loads the others and serves the host's commands on the second serial port (`link` is the other end).
 """
 
 import gzip
@@ -68,7 +68,16 @@ def build(kernel: Kernel, files: Mapping[str, Content] | None = None) -> bytes:
         "/modules/order": order.encode(),
     }
     modules = {f"/modules/{path.name}": path for path in kernel.modules}
-    return gzip.compress(cpio({**base, **modules, **(files or {})}), compresslevel=1, mtime=0)
+    return gzip.compress(cpio({**base, **modules, **_later(kernel), **(files or {})}), compresslevel=1, mtime=0)
+
+
+def _later(kernel: Kernel) -> dict[str, Content]:
+    """What modprobe needs for the modules that /init does not load."""
+    folder = f"/lib/modules/{kernel.release}"
+    return {
+        f"{folder}/modules.dep": kernel.later_needs.encode(),
+        **{f"{folder}/{path.name}": path for path in kernel.later},
+    }
 
 
 def cpio(files: Mapping[str, Content]) -> bytes:

@@ -248,12 +248,13 @@ class NetModel(Model):
 
     def _install(self) -> None:
         """Give C the filter, with the lock held."""
-        if self._engine is None:
-            return
-        modes = {**self.modes, "all_vlans": not self._has(net.F_CTRL_VLAN)}
-        for mode, overflow in self.overflow.items():
-            modes[mode] |= overflow
-        self._engine.set_filter(modes, self.mac, self.unicast, self.multicast, bytes(self.vlans))
+        if self._engine:
+            modes = {**self._filter_modes(), "all_vlans": not self._has(net.F_CTRL_VLAN)}
+            self._engine.set_filter(modes, self.mac, self.unicast, self.multicast, bytes(self.vlans))
+
+    def _filter_modes(self) -> dict[str, bool]:
+        """The modes as they are in effect: a table that overflowed lets all of its kind pass."""
+        return {name: on or self.overflow.get(name, False) for name, on in self.modes.items()}
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -464,26 +465,25 @@ class NetModel(Model):
     def _told(self) -> Mapping[str, object]:
         return {"link": self.link, "carrier": self.carrier, "announce": self._announce}
 
-    def interface(self) -> Mapping[str, object]:
-        """What the driver was told and what it asked for: link, pairs, and what is let through to it."""
+    def filter(self) -> Mapping[str, object]:
+        """What the driver has set of what comes in, and where it is heard of; modes by their names in the paper."""
         with self._lock:
             vlans = [vlan for vlan in range(net.MAX_VLAN + 1) if self.vlans[vlan // 8] >> vlan % 8 & 1]
             return {
                 "mac": self.mac.hex(":"),
-                **self._told(),
-                "pairs": self.pairs,
-                "modes": [name for name, on in self.modes.items() if on],
+                "modes": [name.upper() for name, on in self._filter_modes().items() if on],
                 "unicast": _addresses(self.unicast),
                 "multicast": _addresses(self.multicast),
-                "overflow": [name for name, on in self.overflow.items() if on],
                 "vlans": vlans if self._has(net.F_CTRL_VLAN) else "all",
+                "pairs": self.pairs,
                 "offloads": [_SHORT[bit] for bit in self.offloads],
+                **self._told(),
             }
 
     operations = {
-        "interface": Operation("link, address, pairs, and what the driver lets in", (), interface),
         "link": Operation("take the link up or down; the driver is told", ("UP|DOWN",), set_link),
         "reopen": Operation("open a backend that went away anew", (), reopen),
+        "filter": Operation("what the driver set: its address, receive modes, tables, VLANs, pairs", (), filter),
         "announce": Operation("ask the driver to tell its neighbours where it is", (), announce),
     }
 
