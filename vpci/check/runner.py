@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vpci.check import blk, config, header, interrupts, malformed, ring, stress
+from vpci.check import blk, config, header, interrupts, malformed, net, ring, stress
 from vpci.check.cases import (
     BAD,
     CASES,
@@ -28,7 +28,7 @@ from vpci.errors import ConfigError, VpciError
 from vpci.vfu.client import ServerGone, ServerTimeout
 
 #: Importing a module declares its cases.
-MODULES = (header, ring, interrupts, config, blk, malformed, stress)
+MODULES = (header, ring, interrupts, config, blk, net, malformed, stress)
 #: A device that gave no answer so often gets less time for the next ones, and then no more cases.
 PATIENT, HURRIED_S, GIVE_UP_AFTER = 3, 1.0, 20
 END_S = 1.0  # that a process which closed its sockets may take to end

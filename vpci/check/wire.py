@@ -19,21 +19,19 @@ class Wire:
 
     def __init__(self, path: str, to: str) -> None:
         self._path, self._to = path, to
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(path)
-        self._out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._frames: deque[bytes] = deque()
 
     def close(self) -> None:
         self._socket.close()
-        self._out.close()
         Path(self._path).unlink(missing_ok=True)
 
     def look(self) -> None:
         """Take what is there off the socket, so that nobody waits for us."""
         while True:
             try:
-                self._frames.append(self._socket.recv(FRAME_BYTES))
+                self._frames.append(self._socket.recv(FRAME_BYTES, socket.MSG_DONTWAIT))
             except BlockingIOError:
                 return
 
@@ -61,16 +59,16 @@ class Wire:
 
     def send(self, frame: bytes, timeout: float) -> None:
         """To the interface. Raises Wedged when it takes nothing."""
-        self._out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(*_parts(timeout)))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(*_parts(timeout)))
         try:
-            self._out.sendto(frame, self._to)
+            self._socket.sendto(frame, self._to)
         except BlockingIOError as error:
             raise Wedged("not in time: room for a frame to the interface") from error
 
     def offer(self, frame: bytes) -> bool:
         """Whether there was room for it at once."""
         try:
-            self._out.sendto(frame, socket.MSG_DONTWAIT, self._to)
+            self._socket.sendto(frame, socket.MSG_DONTWAIT, self._to)
         except BlockingIOError:
             return False
         return True
