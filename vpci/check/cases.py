@@ -38,6 +38,12 @@ GROUPS = {
     "S": "the whole system",
 }
 
+NET, DISK, CONSOLE = 1, 2, 3
+#: PCI subsystem id -> what such a device is called.
+KINDS = {NET: "network interface", DISK: "disk", CONSOLE: "console"}
+#: Of a case that is for every device whose requests `traffic` knows.
+REQUESTS = 0
+
 
 class Failed(VpciError):
     """The device did something else than the case wants."""
@@ -72,7 +78,8 @@ class Need:
 
     `dialects` any of these (none: whichever); `bits` offered (0..63); `size` entries of each queue, exactly; `queues`
     and `vectors` at least so many; `sets` configuration keys and their values; `own` the case needs the server's
-    process or its configuration, not only its socket.
+    process or its configuration, not only its socket; `wire` the other end of a network interface's wire. `queues`
+    counts those that take requests.
     """
 
     dialects: tuple[str, ...] = ()
@@ -83,11 +90,15 @@ class Need:
     vectors: int = 0
     sets: Mapping[str, Any] = field(default_factory=dict)
     own: bool = False
+    wire: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """One conformance case; it runs once for each of `needs`. `writes`: it changes what the disk holds."""
+    """One conformance case; it runs once for each of `needs`.
+
+    `writes`: what is behind the device is written to; `subsystem`: the PCI subsystem id of what it is for.
+    """
 
     id: str
     claim: str
@@ -95,6 +106,7 @@ class Case:
     run: Callable[[Guest], None]
     needs: tuple[Need, ...] = (Need(),)
     writes: bool = False
+    subsystem: int = REQUESTS
 
     @property
     def group(self) -> str:
@@ -119,15 +131,23 @@ class Elsewhere:
 CASES: dict[str, Case] = {}
 
 
+def unfit(case: Case) -> str:
+    """Why a case cannot be run on a device of another kind."""
+    if case.subsystem == REQUESTS:
+        return "a case that sends requests, and this device's are not known"
+    kind = KINDS[case.subsystem]
+    return f"a case for {kind}s, and the device is no {kind}"
+
+
 def case(
-    id: str, claim: str, source: str, *needs: Need, writes: bool = False
+    id: str, claim: str, source: str, *needs: Need, writes: bool = False, subsystem: int = REQUESTS
 ) -> Callable[[Callable[[Guest], None]], Callable[[Guest], None]]:
     """Declare the function below as case `id`."""
 
     def declare(run: Callable[[Guest], None]) -> Callable[[Guest], None]:
         if id in CASES:
             raise ValueError(f"case {id} is declared twice")
-        CASES[id] = Case(id, claim, source, run, needs or (Need(),), writes)
+        CASES[id] = Case(id, claim, source, run, needs or (Need(),), writes, subsystem)
         return run
 
     return declare
