@@ -38,6 +38,10 @@ GROUPS = {
     "S": "the whole system",
 }
 
+DISK, CONSOLE = 2, 3
+#: PCI subsystem id -> what such a device is called.
+KINDS = {DISK: "disk", CONSOLE: "console"}
+
 
 class Failed(VpciError):
     """The device did something else than the case wants."""
@@ -87,7 +91,10 @@ class Need:
 
 @dataclass(frozen=True)
 class Case:
-    """One conformance case; it runs once for each of `needs`. `writes`: it changes what the disk holds."""
+    """One conformance case; it runs once for each of `needs`.
+
+    `writes`: what is behind the device is written to; `subsystem`: the PCI subsystem id of what it is for.
+    """
 
     id: str
     claim: str
@@ -95,6 +102,7 @@ class Case:
     run: Callable[[Guest], None]
     needs: tuple[Need, ...] = (Need(),)
     writes: bool = False
+    subsystem: int = DISK
 
     @property
     def group(self) -> str:
@@ -119,15 +127,21 @@ class Elsewhere:
 CASES: dict[str, Case] = {}
 
 
+def unfit(case: Case) -> str:
+    """Why a case cannot be run on a device of another kind."""
+    kind = KINDS[case.subsystem]
+    return f"a case for {kind}s, and the device is no {kind}"
+
+
 def case(
-    id: str, claim: str, source: str, *needs: Need, writes: bool = False
+    id: str, claim: str, source: str, *needs: Need, writes: bool = False, subsystem: int = DISK
 ) -> Callable[[Callable[[Guest], None]], Callable[[Guest], None]]:
     """Declare the function below as case `id`."""
 
     def declare(run: Callable[[Guest], None]) -> Callable[[Guest], None]:
         if id in CASES:
             raise ValueError(f"case {id} is declared twice")
-        CASES[id] = Case(id, claim, source, run, needs or (Need(),), writes)
+        CASES[id] = Case(id, claim, source, run, needs or (Need(),), writes, subsystem)
         return run
 
     return declare

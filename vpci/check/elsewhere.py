@@ -9,7 +9,6 @@ from vpci.check.cases import Elsewhere
 
 WHOLE = "a test of vpci's repository"
 NET = "no net model yet"
-CONSOLE = "no console model yet"
 CONSTANT = "a disk of this version never changes its configuration by itself; a test shows it with a model that does"
 ASKED = "a disk changes its size when its control socket is asked, which is no part of the paper"
 
@@ -23,10 +22,6 @@ _ROWS = (
     ("M08", "link down: status 0, then the configuration interrupt", "S091", NET, ""),
     ("M09", "without STATUS offered the status word reads 0", "REC", NET, ""),
     ("M10", "the configured MTU is at 10", "UAPI", NET, ""),
-    ("M11", "cols, rows and max_nr_ports as configured", "S091", CONSOLE, ""),
-    ("M12", "emerg_wr prints before any ack", "V1L emerg_wr", CONSOLE, ""),
-    ("M13", "emerg_wr in four single bytes prints one character", "V1L; REC", CONSOLE, ""),
-    ("M14", "a resize changes cols and rows, then interrupts; with MULTIPORT there is a message too", "V1L", CONSOLE, ""),
     ("O01", "tx without MRG: 10 bytes of header are taken off", "S091", NET, ""),
     ("O02", "tx with MRG: 12 bytes of header are taken off", "S091", NET, ""),
     ("O03", "rx with MRG: a frame over n chains is published at once, num_buffers n", "S091", NET, ""),
@@ -39,17 +34,6 @@ _ROWS = (
     ("O12", "VLAN 5 is added and removed, 4096 is refused", "S091", NET, ""),
     ("O13", "an unknown class is refused; a command without an ack byte has length 0", "S091", NET, ""),
     ("O14", "without CTRL_VQ queue 2 has size 0", "S091 footnote", NET, ""),
-    ("P01", "tx in one chain and in three arrives whole, used.len 0", "S091", CONSOLE, ""),
-    ("P02", "rx of 5000 bytes fills 4096 and 904", "S091", CONSOLE, ""),
-    ("P03", "without MULTIPORT acked queues from 2 on are never used, port 0 works", "S091", CONSOLE, ""),
-    ("P04", "DEVICE_READY 1 is answered by PORT_ADD for each port", "S091/V1L", CONSOLE, ""),
-    ("P05", "DEVICE_READY 0 is answered by none", "V1L", CONSOLE, ""),
-    ("P06", "messages wait for buffers of the control queue, in order", "REC", CONSOLE, ""),
-    ("P08", "what the backend sends is held while the guest's port is closed", "REC", CONSOLE, ""),
-    ("P09", "a port that goes is told by PORT_REMOVE, and its queues idle", "S091", CONSOLE, ""),
-    ("P10", "malformed control messages are ignored and completed", "REC", CONSOLE, ""),
-    ("P11", "a buffer too small for a message is never overrun", "REC", CONSOLE, ""),
-    ("P12", "with 31 ports the queues are 2n+2 and 2n+3, up to 63", "V1L", CONSOLE, ""),
     ("Q20", "a million random ring images under sanitizers: no crash, leak, or write outside writable buffers and the used ring", "REC", WHOLE, "tests/stress/test_images.py::test_a_million_random_ring_images"),
     ("R03", "without their fences R01 and R02 can fail", "REC", WHOLE, "tests/stress/test_stress.py::test_without_its_fence_a_wake_up_is_lost_and_seen"),
     ("S01", "Linux 6.1 on QEMU uses the disk; it takes neither 30 nor 31", "TRACE", WHOLE, "tests/guest/test_linux_disk.py::test_linux_negotiates_what_the_draft_and_linux_share"),

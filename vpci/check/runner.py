@@ -6,8 +6,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vpci.check import blk, config, header, interrupts, malformed, ring, stress
-from vpci.check.cases import BAD, CASES, GROUPS, Case, Elsewhere, Failed, Need, Rejected, Result, Skipped, Wedged
+from vpci.check import blk, config, console, header, interrupts, malformed, ring, stress
+from vpci.check.cases import (
+    BAD,
+    CASES,
+    GROUPS,
+    Case,
+    Elsewhere,
+    Failed,
+    Need,
+    Rejected,
+    Result,
+    Skipped,
+    Wedged,
+    unfit,
+)
 from vpci.check.elsewhere import ELSEWHERE
 from vpci.check.guest import Guest
 from vpci.check.target import Server, Target
@@ -15,7 +28,7 @@ from vpci.errors import ConfigError, VpciError
 from vpci.vfu.client import ServerGone, ServerTimeout
 
 #: Importing a module declares its cases.
-MODULES = (header, ring, interrupts, config, blk, malformed, stress)
+MODULES = (header, ring, interrupts, config, blk, console, malformed, stress)
 #: A device that gave no answer so often gets less time for the next ones, and then no more cases.
 PATIENT, HURRIED_S, GIVE_UP_AFTER = 3, 1.0, 20
 END_S = 1.0  # that a process which closed its sockets may take to end
@@ -51,7 +64,6 @@ ANY_MODEL = frozenset(
         "K14",
     ]
 )
-DISK = 2  # PCI subsystem id
 
 
 @dataclass(frozen=True)
@@ -118,8 +130,8 @@ class Runner:
             server = self.target.server(case, need)
             guest = Guest(server, need)
             try:
-                if case.id not in ANY_MODEL and guest.pci(0x2E, 2) != DISK:
-                    raise Skipped("a case for disks, and the device is no disk")
+                if case.id not in ANY_MODEL and guest.pci(0x2E, 2) != case.subsystem:
+                    raise Skipped(unfit(case))
                 case.run(guest)
             finally:
                 guest.close()

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from vpci.check.cases import Case, Failed, Need, Skipped, Wedged
+from vpci.check.cases import DISK, KINDS, Case, Failed, Need, Skipped, Wedged, unfit
 from vpci.config import Config
 from vpci.errors import BackendError, VpciError
 
@@ -50,6 +50,8 @@ PLAIN: dict[str, Any] = {
     "qemu_compat.pfn0_resets": False,
     "features.mask": [],
 }
+#: Keys that only one model has.
+MODEL_KEYS = ("blk.", "console.")
 
 
 class Server(Protocol):
@@ -68,6 +70,12 @@ class Server(Protocol):
 
     def refusal(self, sets: Mapping[str, Any]) -> str:
         """What a start with these keys as well says when it is refused; "" when it is not."""
+
+    def line(self, port: int) -> str:
+        """The path of the UNIX socket behind a console's port. Raises Skipped when that is not ours."""
+
+    def ask(self, operation: str, *args: str) -> Mapping[str, Any]:
+        """What the control socket answers; Failed when it refuses. Raises Skipped for somebody else's server."""
 
     def death(self, patience: float = 0) -> str:
         """How the process ended, "" while it lives; waits so many seconds for the end."""
@@ -166,6 +174,27 @@ class ConfigServer:
             text = process.stdout.read().decode(errors="replace").strip()
             return f"exit status {process.returncode}: {text}"
 
+    def line(self, port: int) -> str:
+        places = [self.sets.get("console.path"), *(row["path"] for row in self.sets.get("console.port", ()))]
+        if places[0] is None:
+            raise Skipped("the console is used in place, and what is behind it is not ours")
+        return str(places[port])
+
+    def ask(self, operation: str, *args: str) -> Mapping[str, Any]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            peer.settimeout(self.timeout)
+            try:
+                peer.connect(f"{self.path}.ctl")
+                peer.sendall(json.dumps({"op": operation, "args": args}).encode() + b"\n")
+                line = peer.makefile("rb").readline()
+            except TimeoutError as error:
+                raise Wedged(f"not in time: an answer of the control socket to {operation}") from error
+        reply: dict[str, Any] = json.loads(line) if line else {"ok": False, "error": "no answer"}
+        if not reply["ok"]:
+            raise Failed(f"control socket, {operation} {' '.join(args)}: {reply['error']}")
+        result: Mapping[str, Any] = reply["result"]
+        return result
+
     def wait_listening(self) -> None:
         """Raises what `vpci serve` said when it ended, and Wedged."""
         deadline = time.monotonic() + START_S
@@ -216,6 +245,8 @@ class ConfigTarget:
         self._plan = list(attempts)
 
     def server(self, case: Case, need: Need) -> Server:
+        if case.subsystem not in (DISK, self.config.model_type.identity.subsystem_id):  # DISK: `runner` asks the device
+            raise Skipped(unfit(case))
         found = self._started(fit(self.config, need))
         self._start_ahead(case, need)
         try:
@@ -269,12 +300,14 @@ class ConfigTarget:
     def _scratch(self, changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Backends of our own instead of the user's, unless those are wanted and the case changes none of their keys."""
         model = self.config.model_type
-        own = {key.removeprefix("blk."): value for key, value in changes.items() if key.startswith("blk.")}
+        prefix = f"{model.name}."
+        own = {key.removeprefix(prefix): value for key, value in changes.items() if key.startswith(prefix)}
         if self.in_place and not own:
             self.close()  # an image has one user at a time
             return {}
-        section = msgspec.structs.replace(self.config.section, **own)
-        found = {key: value for key, value in model.scratch(section, folder).items() if value is not None}
+        section = msgspec.convert({**msgspec.to_builtins(self.config.section), **own}, model.Section)
+        scratch = msgspec.to_builtins(model.scratch(section, folder))
+        found = {key: value for key, value in scratch.items() if value is not None}
         if "size" in found:
             _fill(Path(found["path"]), found["size"])
         return {f"{model.name}.{key}": value for key, value in found.items()}
@@ -303,7 +336,7 @@ def fit(config: Config, need: Need) -> dict[str, Any]:
     _fit_dialect(config, need, found)
     _fit_queues(config, need, found)
     for key in found:
-        if key.startswith("blk.") and config.model_type.name != "blk":
+        if key.startswith(MODEL_KEYS) and not key.startswith(f"{config.model_type.name}."):
             raise Skipped(f"it needs {set_text(key, found[key])}, and model {config.model_type.name} has no such key")
     return found
 
@@ -357,8 +390,17 @@ def size_of(value: int | str | None) -> int:
 
 
 def set_text(key: str, value: Any) -> str:
-    """KEY=VALUE for --set; JSON writes these values as TOML does."""
-    return f"{key}={json.dumps(value)}"
+    """KEY=VALUE for --set."""
+    return f"{key}={_toml(value)}"
+
+
+def _toml(value: Any) -> str:
+    """JSON writes text, numbers and truths as TOML does, and tables otherwise; what is None is left out."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key} = {_toml(item)}' for key, item in value.items() if item is not None)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _serve(config: Config, sets: Mapping[str, Any]) -> list[str]:
@@ -411,6 +453,12 @@ class SocketServer:
     def refusal(self, sets: Mapping[str, Any]) -> str:
         raise Skipped("needs-config: a start with other keys")
 
+    def line(self, port: int) -> str:
+        raise Skipped("needs-config: the host's side of the console")
+
+    def ask(self, operation: str, *args: str) -> Mapping[str, Any]:
+        raise Skipped("needs-config: a control socket of our own")
+
     def death(self, patience: float = 0) -> str:
         return ""
 
@@ -428,7 +476,7 @@ class SocketTarget:
 
     def server(self, case: Case, need: Need) -> Server:
         if case.writes and not self.destructive:
-            raise Skipped("it writes to the disk; --destructive allows that")
+            raise Skipped(f"it writes to the {KINDS[case.subsystem]}; --destructive allows that")
         if self._facts is None:
             self._facts = Facts.of(self._server)
             self._server.dialect = self._facts.dialect

@@ -246,8 +246,13 @@ class ConsoleModel(Model):
 
     @classmethod
     def scratch(cls, section: ConsoleSection, folder: Path) -> dict[str, Any]:
-        """Memory behind port 0, and no other port at the start."""
-        return {"backend": "ring", "path": None, "port": []}
+        """A UNIX socket behind each port that is there at the start: port0.sock and so on."""
+        places = [str(folder / f"port{index}.sock") for index in range(1 + len(section.port))]
+        ports = [
+            msgspec.structs.replace(port, backend="socket", path=place)
+            for port, place in zip(section.port, places[1:], strict=True)
+        ]
+        return {"backend": "socket", "path": places[0], "port": ports}
 
     def __init__(self, section: ConsoleSection, queue_size: int | None = None, max_sg: int = 1024) -> None:
         super().__init__(section, queue_size, max_sg)
