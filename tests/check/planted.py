@@ -31,7 +31,7 @@ def sweep(target: str, *only: str) -> None:
     def one(fault: Fault) -> None:
         with nursery.planted(fault) as planted:
             try:
-                found[fault.id] = [id for id, result in planted.check().items() if result in planting.SEEN]
+                found[fault.id] = [id for id, result in planted.check(fault.model).items() if result in planting.SEEN]
             except subprocess.TimeoutExpired:
                 print(f"{fault.id}: check did not end", flush=True)
                 return
@@ -52,7 +52,8 @@ def table() -> str:
 
 
 def _seen(fault: Fault) -> str:
-    return ", ".join(fault.seen_by) if fault.seen_by else f"none: {fault.unseen}"
+    on = "" if fault.model == "blk" else f", on configs/{fault.model}.toml"
+    return f"{', '.join(fault.seen_by)}{on}" if fault.seen_by else f"none: {fault.unseen}"
 
 
 def on_page() -> str:

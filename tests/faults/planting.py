@@ -21,9 +21,9 @@ from tests import overlay
 from tests.faults import record
 
 FAULTS = Path(__file__).with_name("faults.toml")
-CSRC = Path("vpci") / "csrc"
+PACKAGE = Path("vpci")
+CSRC = PACKAGE / "csrc"
 RUN_S = 240
-CONFIG = "configs/blk.toml"
 ANSWER_S, CHECK_RUN_S = 2, 300
 SEEN = ("FAIL", "WEDGED")
 #: In the object of every planted file and nowhere else.
@@ -31,9 +31,10 @@ MARKER = "vpci_has_a_planted_fault"
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`find` occurs once in `file` of csrc; every case of `caught_by` (a test, all its parameters) must fail.
+    """`find` occurs once in `file`; every case of `caught_by` (a test, all its parameters) must fail.
 
-    `seen_by` are cases of `vpci check` that must not pass on it, `unseen` says why there are none.
+    `file` is a C file of csrc, or a Python file below vpci. `seen_by` are cases of `vpci check` on configs/`model`.toml
+    that must not pass on it, `unseen` says why there are none.
     """
 
     id: str
@@ -44,10 +45,21 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     caught_by: list[str]
     seen_by: list[str] = []
     unseen: str = ""
+    model: str = "blk"
+
+    @property
+    def is_c(self) -> bool:
+        return self.file.endswith(".c")
+
+    @property
+    def path(self) -> Path:
+        """From the repository's root."""
+        return (CSRC if self.is_c else PACKAGE) / self.file
 
     def plant(self, text: str) -> str:
         assert text.count(self.find) == 1, f"fault {self.id} no longer applies: {text.count(self.find)} places"
-        return f'{text.replace(self.find, self.replace)}\n__attribute__((used)) static char {MARKER}[] = "{MARKER}";\n'
+        mark = f'__attribute__((used)) static char {MARKER}[] = "{MARKER}";' if self.is_c else f"{MARKER} = True"
+        return f"{text.replace(self.find, self.replace)}\n{mark}\n"
 
 
 def load() -> list[Fault]:
@@ -61,15 +73,24 @@ def is_of(node: str, case: str) -> bool:
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What the named cases did, and pytest's own words."""
+    """What the named cases did, and pytest's own words; `checked`: (model, case of `vpci check`) -> result."""
 
     passed: set[str]
     failed: set[str]
     output: str
-    checked: dict[str, str] = {}
+    checked: dict[tuple[str, str], str] = {}
 
     def caught(self, case: str) -> bool:
         return any(is_of(node, case) for node in self.failed)
+
+
+def wanted(faults: Iterable[Fault]) -> dict[str, list[str]]:
+    """Model -> the cases of `vpci check` that see these faults in it."""
+    found: dict[str, set[str]] = {}
+    for fault in faults:
+        if fault.seen_by:
+            found.setdefault(fault.model, set()).update(fault.seen_by)
+    return {model: sorted(ids) for model, ids in found.items()}
 
 
 class Nursery:
@@ -95,8 +116,10 @@ class Nursery:
         """The cases on a core with this fault; waits for a copy."""
         with self.planted(fault) as planted:
             outcome = planted.run(cases, self.folder / f"record-{next(self._count)}")
-            seen_by = fault.seen_by if fault else sorted({id for each in load() for id in each.seen_by})
-            return msgspec.structs.replace(outcome, checked=planted.check(seen_by) if seen_by else {})
+            checked = {}
+            for model, ids in wanted([fault] if fault else load()).items():
+                checked |= {(model, id): result for id, result in planted.check(model, ids).items()}
+            return msgspec.structs.replace(outcome, checked=checked)
 
     @contextlib.contextmanager
     def planted(self, fault: Fault | None) -> Iterator[Planted]:
@@ -114,7 +137,7 @@ class Nursery:
 
 
 class Planted:
-    """A copy while it has one fault, in its sources and in its extension."""
+    """A copy while it has one fault, in its sources and, if they are C, in its extension."""
 
     def __init__(self, tree: Path, fault: Fault | None, nursery: Nursery) -> None:
         self.tree, self.fault, self.nursery = tree, fault, nursery
@@ -122,15 +145,16 @@ class Planted:
     def __enter__(self) -> Self:
         objects = dict(self.nursery.objects)
         if self.fault:
-            path = self.tree / CSRC / self.fault.file
+            path = self.tree / self.fault.path
             path.write_text(self.fault.plant(path.read_text()))
-            objects[path.stem] = self.nursery._compile(path, self.tree / "planted.o")
+            if self.fault.is_c:
+                objects[path.stem] = self.nursery._compile(path, self.tree / "planted.o")
         self.extension = overlay.link(objects.values(), self.tree)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.fault:
-            (self.tree / CSRC / self.fault.file).write_text((overlay.ROOT / CSRC / self.fault.file).read_text())
+            (self.tree / self.fault.path).write_text((overlay.ROOT / self.fault.path).read_text())
 
     def run(self, cases: Sequence[str], recorded: Path) -> Outcome:
         """Cases behind one in which the process ended are run in another process."""
@@ -143,14 +167,14 @@ class Planted:
                 break
         return Outcome(*record.read(recorded), output)
 
-    def check(self, ids: Sequence[str] = ()) -> dict[str, str]:
+    def check(self, model: str, ids: Sequence[str] = ()) -> dict[str, str]:
         """Case -> result of `vpci check` in the copy, all cases or these; with little patience for what hangs."""
         command = [
             sys.executable,
             "-m",
             "vpci",
             "check",
-            CONFIG,
+            f"configs/{model}.toml",
             "--json",
             "--timeout",
             str(ANSWER_S if self.fault else RUN_S),

@@ -1,4 +1,4 @@
-"""Does the net catch? One fault at a time is planted into a copy of the C core, and each case it names must fail there.
+"""Does the net catch? One fault at a time is planted into a copy of the repository, and each case it names must fail there.
 
 The faults are data: faults.toml. They exist in temporary folders only, which the last tests here show.
 """
@@ -45,7 +45,8 @@ def test_a_planted_fault_is_caught(fault: Fault, outcomes: dict[str, Future[Outc
     outcome = outcomes[fault.id].result()
     missed = [case for case in fault.caught_by if not outcome.caught(case)]
     assert not missed, f"{fault.what}: passed on the faulty core: {missed}\n{outcome.output}"
-    blind = {id: outcome.checked.get(id) for id in fault.seen_by if outcome.checked.get(id) not in planting.SEEN}
+    results = {id: outcome.checked.get((fault.model, id)) for id in fault.seen_by}
+    blind = {id: result for id, result in results.items() if result not in planting.SEEN}
     assert not blind, f"{fault.what}: cases of `vpci check` that do not see it: {blind}"
 
 
@@ -84,8 +85,8 @@ def test_a_planted_core_carries_the_mark(nursery: Nursery) -> None:
 
 def test_neither_the_extension_nor_the_sources_nor_what_is_installed_has_a_planted_fault() -> None:
     assert MARKER.encode() not in Path(vpci._core.__file__).read_bytes()
-    for path in (overlay.ROOT / planting.CSRC).rglob("*.[ch]"):
-        assert MARKER not in path.read_text(), path
+    for path in (overlay.ROOT / planting.PACKAGE).rglob("*.*"):
+        assert path.suffix not in (".c", ".h", ".py") or MARKER not in path.read_text(), path
     installed = _installed()
     assert not [path for path in installed if "faults" in path.parts]
     assert not [path for path in installed if path.is_file() and MARKER.encode() in path.read_bytes()]
