@@ -20,13 +20,17 @@ from tests.check import layouts
 from tests.check.test_cases import paper
 from tests.doubles import environment, serving
 from vpci.check import runner
-from vpci.check.cases import DISK, NET
+from vpci.check.cases import CONSOLE, DISK, NET
 from vpci.check.elsewhere import ELSEWHERE
+from vpci.ctl import ask
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/blk.toml"
 NET_CONFIG = ROOT / "configs/net.toml"
-OF_DISKS, OF_NETS = ({id for id, case in runner.CASES.items() if case.subsystem == kind} for kind in (DISK, NET))
+CONSOLE_CONFIG = ROOT / "configs/console.toml"
+OF_DISKS, OF_NETS, OF_CONSOLES = (
+    {id for id, case in runner.CASES.items() if case.subsystem == kind} for kind in (DISK, NET, CONSOLE)
+)
 RUN_S = 280
 PCAP_HEADER = 24  # bytes of a file without a frame
 #: What a disk of this version cannot do, apart from the cases that are run elsewhere.
@@ -72,7 +76,7 @@ def whole(folder: Path, transport: str) -> Checked:
 def test_our_disk_passes_every_case_that_is_run(whole):
     """And whatever is skipped is known here, with its reason."""
     not_passed = {id: result for id, result in whole.results.items() if result != "PASS"}
-    skipped = ELSEWHERE.keys() | OF_NETS
+    skipped = ELSEWHERE.keys() | OF_NETS | OF_CONSOLES
     assert not_passed == dict.fromkeys(sorted(skipped), "SKIP"), {
         id: whole.reasons[id] for id in not_passed.keys() - skipped
     }
@@ -81,6 +85,7 @@ def test_our_disk_passes_every_case_that_is_run(whole):
     assert {whole.reasons[id] for id in OF_NETS} == {
         "a case for network interfaces, and the device is no network interface"
     }
+    assert {whole.reasons[id] for id in OF_CONSOLES} == {"a case for consoles, and the device is no console"}
 
 
 def test_every_case_is_told_once_and_in_order(whole):
@@ -111,7 +116,7 @@ def test_our_network_interface_passes_every_case_that_is_run(transport, tmp_path
     """All that is not about disks: rings, interrupts, memory and resets too, on frames that must come out whole."""
     found = check(NET_CONFIG, "--set", f"device.transport={transport!r}", cwd=tmp_path)
     not_passed = {id: result for id, result in found.results.items() if result != "PASS"}
-    skipped = ELSEWHERE.keys() | OF_DISKS
+    skipped = ELSEWHERE.keys() | OF_DISKS | OF_CONSOLES
     assert not_passed == dict.fromkeys(sorted(skipped), "SKIP"), {
         id: found.reasons[id] for id in not_passed.keys() - skipped
     }
@@ -240,7 +245,7 @@ def test_other_configurations_pass_too(sets, tmp_path):
     found = check(CONFIG, "--only", "A,C,E05,E09,F02,G04,I03,J01,K,L,M,N,Q07", *options, cwd=tmp_path)
     bad = {id: found.reasons[id] for id, result in found.results.items() if result not in ("PASS", "SKIP")}
     assert not bad
-    assert {id for id, result in found.results.items() if result == "SKIP"} <= ELSEWHERE.keys() | OF_NETS
+    assert {id for id, result in found.results.items() if result == "SKIP"} <= ELSEWHERE.keys() | OF_NETS | OF_CONSOLES
 
 
 @pytest.mark.parametrize(("sets", "key"), [("queues.size=3", "queues.size"), ("blk.nonsense=1", "blk.nonsense")])
@@ -369,10 +374,60 @@ def test_a_device_that_is_no_disk_is_asked_what_is_true_of_every_model(tmp_path)
     assert "blk.num_queues" in found.reasons["K03"]
 
 
-def test_a_console_is_asked_on_memory_and_what_its_configuration_names_is_not_made(tmp_path):
-    found = check(ROOT / "configs" / "console.toml", "--only", "A,D01", cwd=tmp_path)
+def test_our_console_passes_every_case_of_consoles(transport, tmp_path):
+    """With one port and with several, on sockets of the run: what its configuration names is not made."""
+    only = ",".join(["A", "D01", *sorted(OF_CONSOLES)])
+    found = check(CONSOLE_CONFIG, "--only", only, "--set", f"device.transport={transport!r}", cwd=tmp_path)
+    assert {id: found.reasons[id] for id in OF_CONSOLES if found.results[id] != "PASS"} == {}
     assert (found.status, found.results["A09"], found.results["D01"]) == (0, "PASS", "PASS")
+    assert {"M11", "M14", "P01", "P12"} < OF_CONSOLES
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["console.ports=1", "console.port=[]", "pci.msix_vectors=0", "device.dialect=v0.8"],
+        [
+            "console.ports=31",
+            "console.backend='ring'",
+            "console.backlog='4K'",
+            "console.patience=0",
+            "queues.size=1024",
+        ],
+        ["console.multiport=false", "features.mask=['SIZE', 'EMERG_WRITE']", "header.hi_gate=offered", "queues.size=1"],
+    ],
+    ids=["one port", "31 ports", "knobs"],
+)
+def test_other_consoles_pass_too(sets, tmp_path):
+    options = [word for text in sets for word in ("--set", text)]
+    found = check(CONSOLE_CONFIG, "--only", ",".join(sorted(OF_CONSOLES)), *options, cwd=tmp_path)
+    assert {id: found.reasons[id] for id in OF_CONSOLES if found.results[id] != "PASS"} == {}
+
+
+def test_a_console_in_place_is_used_where_a_case_needs_no_other_and_says_nothing_there(tmp_path):
+    more = ["--set", "console.backend='file'", "--set", "console.path='out.log'", "--set", "console.port=[]"]
+    found = check(CONSOLE_CONFIG, "--only", "P01,P04,P08", "--in-place", *more, cwd=tmp_path)
+    assert set(found.results.values()) == {"PASS"}, found.reasons
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out.log", b"")]
+
+
+def test_on_a_consoles_socket_nothing_is_said_unless_it_is_allowed(transport, tmp_path):
+    sets = ["console.backend='ring'", "console.port=[]", f"device.transport={transport!r}"]
+    with serving(CONSOLE_CONFIG, sets, cwd=tmp_path) as server:
+        _check_console_on_socket(server.path, tmp_path)
+
+
+def _check_console_on_socket(path, tmp_path):
+    found = check(path, "--only", "M,P", cwd=tmp_path)
+    passed = {id for id, result in found.results.items() if result == "PASS"}
+    assert (found.status, passed) == (0, {"P04", "P05", "P06", "P10", "P11", "P12"})
+    assert "it writes to the console; --destructive" in found.reasons["P01"]
+    assert {found.reasons[id] for id in OF_CONSOLES - passed - {"P01"}} == {"needs-config: a server of our own"}
+    assert "no disk" in found.reasons["M15"]
+    assert ask(str(path), "output", ["0"]) == {"output": ""}
+    assert check(path, "--only", "P01", "--destructive", cwd=tmp_path).results == {"P01": "PASS"}
+    assert ask(str(path), "output", ["0"]) == {"output": "hello" * 3 + "."}
 
 
 def test_an_ended_check_leaves_no_server_and_no_scratch_image(tmp_path):

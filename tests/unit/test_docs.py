@@ -59,7 +59,7 @@ def test_the_architecture_page_has_every_operation_in_order():
     assert table("docs/architecture.md", "What waits for what")[: len(operations)] == operations
 
 
-@pytest.mark.parametrize("seam", ["model", "backend", "transport"])
+@pytest.mark.parametrize("seam", ["model", "backend", "line", "transport"])
 def test_the_testing_page_has_every_clause_in_order(seam):
     clauses = importlib.import_module(f"vpci.testing.{seam}").CLAUSES
     assert table("docs/testing.md", f"The contract of {seam}s") == [clause.__name__ for clause in clauses]

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from tests.console_rig import PORT_ADD, PORT_NAME, PORT_OPEN, PORT_READY, PORT_REMOVE, RESIZE, console
+from tests.console_rig import PORT_ADD, PORT_NAME, PORT_OPEN, PORT_READY, PORT_REMOVE, RESIZE, SIZE, console
 from vpci.cli import main
 from vpci.ctl import Ctl, ask
 from vpci.errors import BackendError
@@ -49,6 +49,20 @@ def test_a_resize_is_told_and_answered(multi):
     assert multi.control() == (0, RESIZE, 0, struct.pack("<HH", 132, 43))
     assert multi.device.client.wait(multi.device.vector_fds[0])
     assert multi.device.config_read(0, 4) == struct.pack("<HH", 132, 43)
+
+
+@pytest.mark.parametrize("driver", ["multiport", "single"])
+def test_a_resize_interrupts_once_and_again_with_the_next_size(multi, driver):
+    """Its bytes are new by then; a size that is no news interrupts nobody."""
+    if driver == "multiport":
+        multi.start_multiport(4, msix=2)
+    else:
+        multi.start(SIZE, msix=2)
+    for size, signals in (((132, 43), 1), ((132, 43), 0), ((100, 30), 1)):
+        ask(multi.server.path, "resize", list(size))
+        multi.settle()
+        assert multi.device.client.drain(multi.device.vector_fds[0]) == signals
+        assert multi.device.config_read(0, 4) == struct.pack("<HH", *size)
 
 
 def test_kept_output_is_shown_as_it_is(multi, capsys):

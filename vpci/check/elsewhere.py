@@ -8,7 +8,6 @@ from __future__ import annotations
 from vpci.check.cases import Elsewhere
 
 WHOLE = "a test of vpci's repository"
-CONSOLE = "no console model yet"
 CONSTANT = "a disk of this version never changes its configuration by itself; a test shows it with a model that does"
 ASKED = "a disk changes its size when its control socket is asked, which is no part of the paper"
 
@@ -17,21 +16,6 @@ _ROWS = (
     ("L04", "a configuration change sets ISR bit 1 and asserts INTx", "S091", CONSTANT, "tests/order/test_hot_table.py::test_a_config_change_shows_its_bytes_before_its_interrupt"),
     ("L05", "ISR is 3 for a completion and a configuration change; one read clears both", 'S091 "single interrupt can indicate both"', CONSTANT, "tests/faults/test_cases.py::test_isr_keeps_both_bits"),
     ("M04", "a disk that grows: the bytes change, then the configuration interrupt", "S091; D9", ASKED, "tests/disk/test_resize.py::test_the_new_capacity_can_be_read_when_the_interrupt_comes"),
-    ("M11", "cols, rows and max_nr_ports as configured", "S091", CONSOLE, ""),
-    ("M12", "emerg_wr prints before any ack", "V1L emerg_wr", CONSOLE, ""),
-    ("M13", "emerg_wr in four single bytes prints one character", "V1L; REC", CONSOLE, ""),
-    ("M14", "a resize changes cols and rows, then interrupts; with MULTIPORT there is a message too", "V1L", CONSOLE, ""),
-    ("P01", "tx in one chain and in three arrives whole, used.len 0", "S091", CONSOLE, ""),
-    ("P02", "rx of 5000 bytes fills 4096 and 904", "S091", CONSOLE, ""),
-    ("P03", "without MULTIPORT acked queues from 2 on are never used, port 0 works", "S091", CONSOLE, ""),
-    ("P04", "DEVICE_READY 1 is answered by PORT_ADD for each port", "S091/V1L", CONSOLE, ""),
-    ("P05", "DEVICE_READY 0 is answered by none", "V1L", CONSOLE, ""),
-    ("P06", "messages wait for buffers of the control queue, in order", "REC", CONSOLE, ""),
-    ("P08", "what the backend sends is held while the guest's port is closed", "REC", CONSOLE, ""),
-    ("P09", "a port that goes is told by PORT_REMOVE, and its queues idle", "S091", CONSOLE, ""),
-    ("P10", "malformed control messages are ignored and completed", "REC", CONSOLE, ""),
-    ("P11", "a buffer too small for a message is never overrun", "REC", CONSOLE, ""),
-    ("P12", "with 31 ports the queues are 2n+2 and 2n+3, up to 63", "V1L", CONSOLE, ""),
     ("Q20", "a million random ring images under sanitizers: no crash, leak, or write outside writable buffers and the used ring", "REC", WHOLE, "tests/stress/test_images.py::test_a_million_random_ring_images"),
     ("R03", "without their fences R01 and R02 can fail", "REC", WHOLE, "tests/stress/test_stress.py::test_without_its_fence_a_wake_up_is_lost_and_seen"),
     ("S01", "Linux 6.1 on QEMU uses the disk; it takes neither 30 nor 31", "TRACE", WHOLE, "tests/guest/test_linux_disk.py::test_linux_negotiates_what_the_draft_and_linux_share"),

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vpci.check import blk, config, header, interrupts, malformed, net, ring, stress
+from vpci.check import blk, config, console, header, interrupts, malformed, net, ring, stress
 from vpci.check.cases import (
     BAD,
     CASES,
     GROUPS,
+    REQUESTS,
     Case,
     Elsewhere,
     Failed,
@@ -28,7 +29,7 @@ from vpci.errors import ConfigError, VpciError
 from vpci.vfu.client import ServerGone, ServerTimeout
 
 #: Importing a module declares its cases.
-MODULES = (header, ring, interrupts, config, blk, net, malformed, stress)
+MODULES = (header, ring, interrupts, config, blk, net, console, malformed, stress)
 #: A device that gave no answer so often gets less time for the next ones, and then no more cases.
 PATIENT, HURRIED_S, GIVE_UP_AFTER = 3, 1.0, 20
 END_S = 1.0  # that a process which closed its sockets may take to end
@@ -130,7 +131,7 @@ class Runner:
             server = self.target.server(case, need)
             guest = Guest(server, need)
             try:
-                if case.id not in ANY_MODEL:
+                if case.subsystem == REQUESTS and case.id not in ANY_MODEL:
                     traffic_of(guest.pci(0x2E, 2))
                 case.run(guest)
             finally:

@@ -76,6 +76,9 @@ class Server(Protocol):
     def refusal(self, sets: Mapping[str, Any]) -> str:
         """What a start with these keys as well says when it is refused; "" when it is not."""
 
+    def line(self, port: int) -> str:
+        """The path of the UNIX socket behind a console's port. Raises Skipped when that is not ours."""
+
     def ask(self, operation: str, *args: str) -> Mapping[str, Any]:
         """What the control socket answers; Failed when it refuses. Raises Skipped for somebody else's server."""
 
@@ -178,6 +181,12 @@ class ConfigServer:
                 return ""
             text = process.stdout.read().decode(errors="replace").strip()
             return f"exit status {process.returncode}: {text}"
+
+    def line(self, port: int) -> str:
+        places = [self.sets.get("console.path"), *(row["path"] for row in self.sets.get("console.port", ()))]
+        if places[0] is None:
+            raise Skipped("the console is used in place, and what is behind it is not ours")
+        return str(places[port])
 
     def ask(self, operation: str, *args: str) -> Mapping[str, Any]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
@@ -314,8 +323,9 @@ class ConfigTarget:
         if self.in_place and not own:
             self.close()  # an image has one user at a time
             return {}
-        section = msgspec.structs.replace(self.config.section, **own)
-        found = {key: value for key, value in model.scratch(section, folder).items() if value is not None}
+        section = msgspec.convert({**msgspec.to_builtins(self.config.section), **own}, model.Section)
+        scratch = msgspec.to_builtins(model.scratch(section, folder))
+        found = {key: value for key, value in scratch.items() if value is not None}
         if "size" in found:
             _fill(Path(found["path"]), found["size"])
         return {f"{model.name}.{key}": value for key, value in found.items()}
@@ -400,8 +410,17 @@ def size_of(value: int | str | None) -> int:
 
 
 def set_text(key: str, value: Any) -> str:
-    """KEY=VALUE for --set; JSON writes these values as TOML does."""
-    return f"{key}={json.dumps(value)}"
+    """KEY=VALUE for --set."""
+    return f"{key}={_toml(value)}"
+
+
+def _toml(value: Any) -> str:
+    """JSON writes text, numbers and truths as TOML does, and tables otherwise; what is None is left out."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key} = {_toml(item)}' for key, item in value.items() if item is not None)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _serve(config: Config, sets: Mapping[str, Any]) -> list[str]:
@@ -454,6 +473,9 @@ class SocketServer:
 
     def refusal(self, sets: Mapping[str, Any]) -> str:
         raise Skipped("needs-config: a start with other keys")
+
+    def line(self, port: int) -> str:
+        raise Skipped("needs-config: the host's side of the console")
 
     def ask(self, operation: str, *args: str) -> Mapping[str, Any]:
         raise Skipped("needs-config: a control socket of our own")

@@ -246,8 +246,13 @@ class ConsoleModel(Model):
 
     @classmethod
     def scratch(cls, section: ConsoleSection, folder: Path) -> dict[str, Any]:
-        """Memory behind port 0, and no other port at the start."""
-        return {"backend": "ring", "path": None, "port": []}
+        """A UNIX socket behind each port that is there at the start: port0.sock and so on."""
+        places = [str(folder / f"port{index}.sock") for index in range(1 + len(section.port))]
+        ports = [
+            msgspec.structs.replace(port, backend="socket", path=place)
+            for port, place in zip(section.port, places[1:], strict=True)
+        ]
+        return {"backend": "socket", "path": places[0], "port": ports}
 
     def __init__(self, section: ConsoleSection, queue_size: int | None = None, max_sg: int = 1024) -> None:
         super().__init__(section, queue_size, max_sg)
@@ -406,15 +411,18 @@ class ConsoleModel(Model):
         """What a port of the backend "ring" has kept."""
         return self._port(index).line.tail()
 
-    def resize(self, cols: int, rows: int, index: int = 0) -> None:
-        """Give a port this size, whatever the terminal behind it has. ConfigError for one that cannot be."""
+    def resize(self, cols: int, rows: int, index: int = 0, tell: bool = True) -> None:
+        """Give a port this size, whatever the terminal behind it has. ConfigError for one that cannot be.
+
+        `tell` False: the configuration's bytes change, and whoever calls this interrupts the driver.
+        """
         for key, value in (("cols", cols), ("rows", rows)):
             if not 1 <= value <= 0xFFFF:
                 raise ConfigError("", key, value, "a number from 1 to 65535")
         port = self._port(index)
         with self._lock:
             port.size = (cols, rows)
-        self._resized(port)
+        self._resized(port, tell)
 
     def add_port(
         self, name: str = "", backend: str = "socket", path: str | None = None, is_console: bool = False
@@ -492,7 +500,7 @@ class ConsoleModel(Model):
 
     def _op_resize(self, port: object, cols: object, rows: object) -> dict[str, object]:
         index, size = _number("PORT", port), (_number("COLS", cols), _number("ROWS", rows))
-        self.resize(*size, index)
+        self.resize(*size, index, tell=False)
         return {"port": index, "cols": size[0], "rows": size[1]}
 
     def _port(self, index: int) -> Port:
@@ -680,10 +688,10 @@ class ConsoleModel(Model):
             port.size = None
             self._resized(port)
 
-    def _resized(self, port: Port) -> None:
+    def _resized(self, port: Port, tell: bool = True) -> None:
         """The size that a port has now is news: the configuration's bytes first, then the interrupt, then RESIZE."""
         if port.index == 0 and self._host:
-            self._host.config_changed()
+            self._host.config_changed(tell)
         with self._lock:
             self._send_size(port)
         self._wake()

@@ -1,7 +1,8 @@
 """For the tests of devices and drivers, ours and others': a pytest plug-in, served devices, contract checks.
 
-`vpci.testing.plugin` has the fixtures. `check_model`, `check_backend` and `check_transport` hold an implementation of a
-seam against its contract. Importing this package imports nothing else: what is named is imported when it is used.
+`vpci.testing.plugin` has the fixtures. `check_model`, `check_backend`, `check_line` and `check_transport` hold an
+implementation of a seam against its contract. Importing this package imports nothing else: what is named is imported
+when it is used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from vpci.testing.backend import check_backend as check_backend
     from vpci.testing.contract import ContractBroken as ContractBroken
     from vpci.testing.golden import Golden as Golden
+    from vpci.testing.line import check_line as check_line
     from vpci.testing.model import check_model as check_model
     from vpci.testing.served import Served as Served
     from vpci.testing.served import ServedError as ServedError
@@ -22,6 +24,7 @@ _PLACES = {
     "ContractBroken": "contract",
     "Golden": "golden",
     "check_backend": "backend",
+    "check_line": "line",
     "check_model": "model",
     "check_transport": "transport",
     "Served": "served",
