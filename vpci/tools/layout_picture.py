@@ -99,7 +99,7 @@ class _Span(NamedTuple):
 def header(facts: Facts) -> Drawing:
     """One column a state, bytes to scale, ribbons between; below the last field BAR0 reads ones and is cut short."""
     states, fills = _one_step_each(facts["states"]), _fills(facts["states"])
-    last = max(state["config_base"] for state in states) + _config_bytes(facts)
+    last = max(_end(state, facts) for state in states)
     parts = [*_ruler(last)]
     for place, state in enumerate(states):
         x = 40 + place * (COLUMN + RIBBON)
@@ -112,7 +112,7 @@ def header(facts: Facts) -> Drawing:
 
 def _one_step_each(states: Sequence[Facts]) -> list[Facts]:
     """In an order in which one condition changes from a column to the next."""
-    return sorted(states, key=lambda state: (state["hi"], state["msix"] != state["hi"]))
+    return sorted(states, key=lambda state: (state["also"], state["hi"], state["msix"] != state["hi"]))
 
 
 def _fills(states: Sequence[Facts]) -> dict[str, str]:
@@ -124,6 +124,13 @@ def _fills(states: Sequence[Facts]) -> dict[str, str]:
 def _config_bytes(facts: Facts) -> int:
     """Bytes up to the end of the last field of device configuration."""
     return max((field["offset"] + field["width"] for field in facts["device_config"]), default=0)
+
+
+def _end(state: Facts, facts: Facts) -> int:
+    """The first byte behind device configuration, and behind the registers that follow it."""
+    ends = (field["offset"] + field["width"] for field in state["registers"])
+    end: int = max(state["config_base"] + _config_bytes(facts), *ends)
+    return end
 
 
 def _y(byte: float) -> float:
@@ -146,7 +153,7 @@ def _column(x: float, state: Facts, facts: Facts, fills: Mapping[str, str], last
         yield _nobody(x, start, end, "nobody's, reads 0")
     base = state["config_base"]
     yield from _config_boxes(x, base, facts)
-    end, size = base + _config_bytes(facts), facts["bars"][0]["bytes"]
+    end, size = _end(state, facts), facts["bars"][0]["bytes"]
     if end < size:
         yield _nobody(x, end, last + 3, f"up to {size}: reads ones", str(end))
 

@@ -377,16 +377,23 @@ def _state(state: dict[str, Any]) -> Table:
     """A header; what is elsewhere than in the first state is marked."""
     columns = ("offset", "bytes", "register", "access", "reset", "moved", "per", "meaning")
     table = _table(f"register header: {state['name']}", *columns, right=["offset", "bytes", "moved"])
-    for field in state["registers"]:
-        keys = ("offset", "width", "name", "access", "reset", "moved", "per", "meaning")
-        table.add_row(
-            *(str(field[key] or "") if key == "per" else str(field[key]) for key in keys), style=_mark(field["moved"])
-        )
+    behind = [field for field in state["registers"] if field["offset"] >= state["config_base"]]
+    for field in state["registers"][: len(state["registers"]) - len(behind)]:
+        _add_register(table, field)
     for start, end in state["gaps"]:
         table.add_row(str(start), str(end - start), "-", "R", "0x0", "", "", "nobody's, reads 0")
     moved = state["config_moved"]
     table.add_row(str(state["config_base"]), "", "device configuration", "", "", moved, style=_mark(moved))
+    for field in behind:
+        _add_register(table, field)
     return table
+
+
+def _add_register(table: Table, field: dict[str, Any]) -> None:
+    keys = ("offset", "width", "name", "access", "reset", "moved", "per", "meaning")
+    table.add_row(
+        *(str(field[key] or "") if key == "per" else str(field[key]) for key in keys), style=_mark(field["moved"])
+    )
 
 
 def _mark(moved: str) -> str:
@@ -397,8 +404,8 @@ def _moves(states: list[dict[str, Any]]) -> Table:
     """Each step from a state to a neighbour."""
     table = _table("what a change of state moves", "from", "to", "what", "was at", "is at", right=["was at", "is at"])
     for step in layout_facts.moves(states):
-        ways = (*step["from"].split(", "), *step["to"].split(", "))
-        change = (step["from"], next(new for old, new in zip(ways[:2], ways[2:], strict=True) if old != new))
+        before, after = step["from"].split(", "), step["to"].split(", ")
+        change = (step["from"], next((word for word in after if word not in before), f"no {before[-1]}"))
         moved = [(name, str(old), str(new)) for name, (old, new) in step["move"].items()]
         came = [(name, "-", str(at)) for name, at in step["appear"].items()]
         gone = [(name, str(at), "-") for name, at in step["disappear"].items()]
@@ -409,7 +416,9 @@ def _moves(states: list[dict[str, Any]]) -> Table:
 
 def _device_config(facts: dict[str, Any], states: dict[str, dict[str, Any]]) -> Table:
     """The model's fields, with their place in BAR0 in each state."""
-    short = {name: f"m={state['msix']:d} h={state['hi']:d}" for name, state in states.items()}
+    short = {
+        name: " ".join((f"m={state['msix']:d} h={state['hi']:d}", *state["also"])) for name, state in states.items()
+    }
     columns = ("field", "bytes", "access", "value", *short.values(), "needs")
     title = "device configuration: its place in BAR0 with MSI-X off and on (m), 32:63 fields absent and there (h)"
     table = _table(title, *columns, right=["bytes", *short.values()])
