@@ -16,7 +16,7 @@ from typing import NamedTuple
 from vpci import config as configuration
 from vpci.errors import BackendError, ConfigError
 from vpci.regs import find_layout, layout_names
-from vpci.tools import layout, layout_diff, layout_junit, layout_reference, lspci, profiles, snapshot
+from vpci.tools import layout, layout_diff, layout_junit, layout_reference, lspci, profiles, snapshot, trace_profile
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +78,7 @@ def _function(path: str, sets: Sequence[str]) -> snapshot.Function:
 
 def _diff(args: argparse.Namespace) -> int:
     """0 when a driver meets the same, 1 when something changed."""
-    found = judged(_functions(args.old, ()), _functions(args.new, args.sets))
+    found = judged(_functions(args.old, ()), _functions(args.new, args.sets), args.profile)
     _tell(args, {"old": args.old, "new": args.new}, found)
     return 1 if any(row.difference.changes for row in found) else 0
 
@@ -90,9 +90,11 @@ class Judged(NamedTuple):
     verdicts: list[profiles.Judgement]
 
 
-def judged(old: Sequence[snapshot.Function], new: Sequence[snapshot.Function]) -> list[Judged]:
-    """Every function's changes, and the verdicts of all profiles on them."""
-    known = profiles.built_in()
+def judged(
+    old: Sequence[snapshot.Function], new: Sequence[snapshot.Function], more: Sequence[str] = ()
+) -> list[Judged]:
+    """Every function's changes, and the verdicts of all profiles on them; `more` are files of the user's own."""
+    known = [*profiles.built_in(), *(profiles.load(Path(path)) for path in more)]
     return [
         Judged(row, [profiles.judge(profile, row.old, row.new) for profile in known] if row.old and row.new else [])
         for row in layout_diff.diff(old, new)
@@ -136,7 +138,7 @@ def _check(args: argparse.Namespace) -> int:
     if not snapshot.is_snapshot(args.file):
         raise ConfigError(args.file, "", "something else", "a snapshot, made by vpci layout snapshot")
     old = snapshot.load(args.file)
-    found = judged(old, [_function(function.config, function.sets) for function in old])
+    found = judged(old, [_function(function.config, function.sets) for function in old], args.profile)
     _tell(args, {"snapshot": args.file, "ok": _is_good(found, args.fail_on)}, found)
     if args.junit:
         layout_junit.write(args.junit, args.file, found, lambda verdict: _fails(verdict, args.fail_on))
@@ -159,6 +161,25 @@ _BREAKING, _RUN = profiles.Verdict.BREAKING, profiles.Verdict.NEEDS_A_RUN
 _FAIL_ON = {"breaking": {_BREAKING}, "run": {_BREAKING, _RUN}, "change": {_BREAKING, _RUN}}
 
 
+# -- profile ---------------------------------------------------------------------------------------------------------
+
+
+def _profile(args: argparse.Namespace) -> int:
+    """Of a recorded trace."""
+    try:
+        lines = Path(args.trace).read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise BackendError(args.trace, error.errno or 0, "cannot be read") from error
+    found = trace_profile.steps(lines, find_layout(args.layout))
+    chosen = trace_profile.choose(found, args.trace, args.slot, args.first)
+    text = trace_profile.text(trace_profile.profile(chosen, args.name or Path(args.trace).stem, Path(args.trace).name))
+    if args.output == "-":
+        print(text, end="")
+    else:
+        write(args.output, text)
+    return 0
+
+
 # -- reference -------------------------------------------------------------------------------------------------------
 
 
@@ -177,5 +198,6 @@ _JOBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "snapshot": _snapshot,
     "diff": _diff,
     "check": _check,
+    "profile": _profile,
     "reference": _reference,
 }
