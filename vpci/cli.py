@@ -217,7 +217,10 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
         "say what is here, what is missing, and what to type",
         "vpci doctor",
         [
-            ("--fetch", {"choices": ("libnbd", "qemu"), "help": "bring this into the cache first, by a private apt"}),
+            (
+                "--fetch",
+                {"choices": ("libnbd", "lspci", "qemu"), "help": "bring this into the cache first, by a private apt"},
+            ),
             _JSON,
         ],
     ),

@@ -11,6 +11,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from vpci.tools.layout import CONFIG_BLOCK, Facts, lspci_dump, moves
+from vpci.tools.lspci import ABSENT
 
 BYTE = 13  # pixels that a byte of BAR0 is high
 COLUMN, RIBBON, TOP, EDGE = 216, 84, 52, 12
@@ -361,7 +362,7 @@ def page(facts: Facts, lspci_text: str | None) -> str:
         ),
         "</div>",
         "<h2>The same bytes, as lspci has them</h2>",
-        f"<pre>{escape(lspci_text or '(there is no lspci on the machine that made this page)')}</pre>",
+        f"<pre>{escape(lspci_text or ABSENT)}</pre>",
         f"<pre>{escape(lspci_dump(facts))}</pre>",
     ]
     title = f"<title>{escape(_title(facts))}</title>"

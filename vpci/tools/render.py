@@ -16,6 +16,7 @@ from rich.text import Text
 from vpci.guest.doctor import Check
 from vpci.spec.features import short as features_short
 from vpci.tools import layout as layout_facts
+from vpci.tools.lspci import ABSENT
 
 if TYPE_CHECKING:
     from vpci.check.runner import Verdict
@@ -337,7 +338,7 @@ def _layout(out: Console, facts: dict[str, Any], lspci: str | None) -> None:
         show(out, table)
     for title, text in (
         ("the same bytes, for lspci -F", layout_facts.lspci_dump(facts)),
-        ("what lspci says of them", lspci or "(there is no lspci here; Debian has it in pciutils)"),
+        ("what lspci says of them", lspci or ABSENT),
     ):
         out.print(Text(title, style="bold"))
         out.print(Text(text), soft_wrap=True)
