@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.check import layouts
 from tests.check.nine import BAD, GOOD, NINE, RUN
+from tests.doubles import Raw
 from tests.keyed import KINDS, LINUX, LONG, PATIENCE, Kind, fails
 from vpci import config
 from vpci.build import make_function
@@ -20,6 +22,7 @@ from vpci.config_text import toml_value
 from vpci.errors import ConfigError, LayoutError
 from vpci.regs import LAYOUT_FOLDER
 from vpci.tools import layout, profiles, snapshot
+from vpci.vfu.client import Client
 from vpci.vfu.server import Server
 
 SECTORS = 2048
@@ -213,3 +216,29 @@ def test_what_linux_is_told_of_a_random_change_is_what_happens_to_a_driver_keyed
             wrong.append(f"{name}: {verdict}, {[reason.does for reason in judged.reasons]}, but: {failure}\n{text}")
     assert not wrong, f"{len(wrong)} of {dict(seen)}:\n" + "\n".join(wrong[:8])
     assert seen[GOOD] >= 30 and seen[BAD] >= 30, seen
+
+
+# -- a proposal with a condition of its own --------------------------------------------------------------------------
+
+
+def test_a_block_comes_when_its_bit_is_acked_and_what_follows_moves(blk: Path) -> None:
+    """Bit 45, acked in the high word: 4 bytes at 20, before vectors and high words; a reset takes them away."""
+    loaded = config.load(blk, [*sets(blk, layouts.conditional(45, "acked")), "features.offer=[45]"])
+    server = Server(*make_function(loaded), loaded.socket)
+    server.start()
+    try:
+        with Client(loaded.socket) as client:
+            raw = Raw(client)
+            assert raw.read(20, 8) == SECTORS
+            raw.write(4, 4, 1 << 31)
+            assert (raw.read(20, 4), raw.read(28, 8)) == (1 << 45 - 32 | 1, SECTORS)
+            raw.write(24, 4, 1 << 45 - 32)
+            assert (raw.read(20, 4), raw.read(24, 4), raw.read(32, 8)) == (layouts.SIGNATURE, 1 << 45 - 32 | 1, SECTORS)
+            raw.write(20, 4, 0x1234)
+            raw.set_msix(0x8000)
+            assert (raw.read(20, 4), raw.read(24, 2), raw.read(36, 8)) == (0x1234, 0xFFFF, SECTORS)
+            raw.set_msix(0)
+            raw.write(18, 1, 0)
+            assert raw.read(20, 8) == SECTORS
+    finally:
+        server.stop()
