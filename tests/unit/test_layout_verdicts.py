@@ -253,7 +253,24 @@ def check(*words: str) -> int:
 
 def test_an_unchanged_layout_passes(kept, capsys):
     assert check() == check("--fail-on", "change") == 0
-    assert capsys.readouterr().out == 2 * "blk.toml: a driver meets the same\n"
+    assert capsys.readouterr().out == 2 * "blk.toml: a driver meets the same\nblk.snapshot: ok, 1 unchanged\n"
+
+
+def test_a_log_is_read_from_its_end_and_searched_for_sources(kept, capsys):
+    """No source is broken over lines; the last line says what to type if the change is meant."""
+    Path("blk.toml").write_text(BLK + '[header]\nhi_gate = "offered"\n')
+    assert check() == 1
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("linux-6.1      breaking")
+    assert lines[at + 1 : at + 4] == [
+        "    reads the first byte of device configuration [drivers/virtio/virtio_pci_legacy.c:vp_get]",
+        "        met    byte 0 of device configuration at 20 with MSI-X off, 32:63 fields absent",
+        "        meets  device_features_hi (4 bytes at 20, R) with MSI-X off, 32:63 fields there",
+    ]
+    assert lines[-1] == (
+        "blk.snapshot: failed (--fail-on run): changed are blk.toml (breaking: 5, compatible: 2); "
+        "if that is meant: vpci layout snapshot blk.toml -o blk.snapshot"
+    )
 
 
 #: What is changed in the configuration, and the exit status by --fail-on.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -101,13 +103,13 @@ def judged(
     ]
 
 
-def _tell(args: argparse.Namespace, about: dict[str, object], found: Sequence[Judged]) -> None:
+def _tell(args: argparse.Namespace, about: dict[str, object], found: Sequence[Judged], end: str = "") -> None:
     if args.json:
         print(json.dumps({**about, "functions": [_plain(row) for row in found]}))
     else:
         from vpci.tools import render
 
-        render.layout_diff(found)
+        render.layout_diff(found, end)
 
 
 def _plain(row: Judged) -> dict[str, object]:
@@ -139,10 +141,31 @@ def _check(args: argparse.Namespace) -> int:
         raise ConfigError(args.file, "", "something else", "a snapshot, made by vpci layout snapshot")
     old = snapshot.load(args.file)
     found = judged(old, [_function(function.config, function.sets) for function in old], args.profile)
-    _tell(args, {"snapshot": args.file, "ok": _is_good(found, args.fail_on)}, found)
+    _tell(args, {"snapshot": args.file, "ok": _is_good(found, args.fail_on)}, found, _summary(args, old, found))
     if args.junit:
         layout_junit.write(args.junit, args.file, found, lambda verdict: _fails(verdict, args.fail_on))
     return 0 if _is_good(found, args.fail_on) else 1
+
+
+def _summary(args: argparse.Namespace, old: Sequence[snapshot.Function], found: Sequence[Judged]) -> str:
+    """The last line of a log: whether it is good, and what to type if the change is meant."""
+    changed = [row for row in found if row.difference.changes]
+    if not changed:
+        return f"{args.file}: ok, {len(found)} unchanged"
+    worst = [f"{row.difference.function} ({_count(row)})" for row in changed]
+    state = "ok" if _is_good(found, args.fail_on) else "failed"
+    sets = {function.sets for function in old}
+    words = [word for text in next(iter(sets)) for word in ("--set", text)] if len(sets) == 1 else []
+    names = [function.config for function in old]
+    renew = shlex.join(["vpci", "layout", "snapshot", *names, *words, "-o", args.file])
+    hint = f"; if that is meant: {renew}" if len(sets) == 1 else ""
+    return f"{args.file}: {state} (--fail-on {args.fail_on}): changed are {', '.join(worst)}{hint}"
+
+
+def _count(row: Judged) -> str:
+    """How many drivers have which verdict, the worst first."""
+    counts = Counter(verdict.verdict for verdict in row.verdicts)
+    return ", ".join(f"{kind.value}: {counts[kind]}" for kind in reversed(profiles.Verdict) if counts[kind])
 
 
 def _is_good(found: Sequence[Judged], fail_on: str) -> bool:

@@ -442,8 +442,8 @@ def _queues(facts: dict[str, Any]) -> Table:
 _VERDICT_STYLES = {"compatible": "green", "needs a run": "yellow", "breaking": "bold red"}
 
 
-def layout_diff(found: Sequence[Judged]) -> None:
-    """What `vpci layout diff` and `check` have: for each function its changes, and the verdict of each driver."""
+def layout_diff(found: Sequence[Judged], end: str = "") -> None:
+    """What `vpci layout diff` and `check` have: for each function its changes and the verdicts; `end` last."""
     with _stable_console() as out:
         for row in found:
             if not row.difference.changes:
@@ -451,7 +451,11 @@ def layout_diff(found: Sequence[Judged]) -> None:
                 continue
             show(out, _changes(row))
             if row.verdicts:
-                show(out, _verdicts(row))
+                for line in _verdicts(row):
+                    out.print(line, soft_wrap=True)
+                out.print()
+        if end:
+            out.print(Text(end), soft_wrap=True)
 
 
 def _changes(row: Judged) -> Table:
@@ -464,17 +468,20 @@ def _changes(row: Judged) -> Table:
     return table
 
 
-def _verdicts(row: Judged) -> Table:
-    """A line a driver; under a driver that is not compatible, a line for each step of its that shows it."""
-    table = _table(
-        f"{row.difference.function}: what that is for drivers", "driver", "verdict", "because it", "met", "meets"
-    )
+def _verdicts(row: Judged) -> Iterator[Text]:
+    """A line a driver; under one that is not compatible its steps that show it, what they met and what they meet now.
+
+    No table: sources are long, and a line that is broken cannot be searched for.
+    """
+    yield Text(f"{row.difference.function}: what that is for drivers", style="bold")
+    width = max(len(verdict.profile) for verdict in row.verdicts)
     for verdict in row.verdicts:
-        style = _VERDICT_STYLES[verdict.verdict.value]
-        table.add_row(Text(verdict.profile, style="bold"), Text(verdict.verdict.value, style=style))
+        line = Text(f"{verdict.profile:<{width}}  ")
+        yield line.append(verdict.verdict.value, style=_VERDICT_STYLES[verdict.verdict.value])
         for reason in dict.fromkeys(verdict.reasons):
-            table.add_row("", "", *map(Text, (f"{reason.does} [{reason.source}]", reason.old, reason.new)))
-    return table
+            yield Text(f"    {reason.does} [{reason.source}]")
+            yield Text(f"        met    {reason.old}", style="dim")
+            yield Text(f"        meets  {reason.new}", style="dim")
 
 
 def _cell(value: object) -> str:
