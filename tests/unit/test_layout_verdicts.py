@@ -109,6 +109,21 @@ def test_the_nine_changes_made_in_a_layout_file(name):
     assert verdicts(on(change.old) if change.old else function(), on(change.new)) == change.verdicts
 
 
+def test_the_page_tells_of_each_change_whom_it_breaks():
+    """docs/layouts.md, whose rows may take several changes together; "nobody", "all", "all but" and names are read."""
+    rows = (ROOT / "docs/layouts.md").read_text().split("| change | breaks | what was seen |")[1].split("\n\n")[0]
+    told = {}
+    for row in rows.splitlines()[2:]:
+        changes, breaks = row.strip("| ").split(" | ")[:2]
+        named = set(re.findall(r"`([\w.-]+)`", breaks))
+        for change in changes.split("; "):
+            told[PAGE_NAMES.get(change, change)] = set(DRIVERS) - named if breaks.startswith("all") else named
+    assert told == {name: {driver for driver in DRIVERS if row.verdicts[driver] == BAD} for name, row in NINE.items()}
+
+
+PAGE_NAMES = {"capabilities in another order": "capability order"}
+
+
 def test_capabilities_in_another_order_are_only_that():
     """Each at its own place; what changes is the list alone."""
     change = NINE["capability order"]
