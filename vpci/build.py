@@ -9,7 +9,7 @@ from vpci.config import Config
 from vpci.errors import ConfigError
 from vpci.models.base import Model
 from vpci.pci.function import Function
-from vpci.regs import Layout, find_layout, layout_names
+from vpci.regs import HI, Layout, find_layout, layout_names
 from vpci.spec import features as bits
 from vpci.virtio.device import Device, DeviceSettings
 from vpci.virtio.dialect import Dialect, find_dialect
@@ -30,17 +30,24 @@ def _make(config: Config) -> tuple[Function, Device, Model]:
     model = config.model_type(config.section, config.queues.size, config.queues.max_sg)
     try:
         n_vectors = model.n_vectors if config.pci.msix_vectors is None else config.pci.msix_vectors
-        device = Device(model, dialect, layout, _settings(config, n_vectors, offer, mask))
-        return Function(device, n_vectors, config.pci.require_bus_master, layout.function.msix_bar), device, model
+        device = Device(model, dialect, layout, _settings(config, layout, n_vectors, offer, mask))
+        return _function(config, device, n_vectors), device, model
     except BaseException:
         model.close()
         raise
 
 
-def _settings(config: Config, n_vectors: int, offer: int, mask: int) -> DeviceSettings:
+def _function(config: Config, device: Device, n_vectors: int) -> Function:
+    """The function around a device, as its layout has it."""
+    place = device.layout.msix_place(n_vectors) if n_vectors else None
+    capabilities = device.layout.capabilities(bool(n_vectors))
+    return Function(device, n_vectors, config.pci.require_bus_master, place, capabilities)
+
+
+def _settings(config: Config, layout: Layout, n_vectors: int, offer: int, mask: int) -> DeviceSettings:
     return DeviceSettings(
         n_vectors=n_vectors,
-        hi_gate=config.header.hi_gate,
+        hi_gate=config.header.hi_gate or layout.condition(HI).gate,
         hi_place=config.header.hi_place,
         access=config.header.access,
         offer=offer,
@@ -58,15 +65,15 @@ def _layout(config: Config, dialect: Dialect) -> Layout:
         raise ConfigError("", "header.layout", name, f"{', '.join(layout_names())}, or the path of a .toml file")
     layout = find_layout(name)
     _check_known("header.hi_place", config.header.hi_place, layout.placements, layout)
-    gates = layout.condition("hi").gates
-    if gates:
-        _check_known("header.hi_gate", config.header.hi_gate, gates, layout)
+    gates = layout.condition(HI).gates
+    if gates and config.header.hi_gate:
+        _check_known("header.hi_gate", config.header.hi_gate, gates, layout, f" (line {layout.lines.gates(HI)})")
     return layout
 
 
-def _check_known(key: str, got: str, known: Sequence[str], layout: Layout) -> None:
+def _check_known(key: str, got: str, known: Sequence[str], layout: Layout, line: str = "") -> None:
     if got not in known:
-        raise ConfigError("", key, got, " or ".join(known), f"layout {layout.file}")
+        raise ConfigError("", key, got, " or ".join(known), f"layout {layout.file}{line}")
 
 
 def _feature_words(config: Config) -> tuple[int, int]:

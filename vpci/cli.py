@@ -90,6 +90,7 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
                     "help": "more words for the kernel's command line, such as pci=nomsi",
                 },
             ),
+            ("--trace", {"metavar": "FILE", "help": "QEMU's trace of register accesses, for vpci layout profile"}),
             (
                 "--run",
                 {
@@ -216,13 +217,25 @@ COMMANDS: dict[str, tuple[str, str, Sequence[Argument]]] = {
         "say what is here, what is missing, and what to type",
         "vpci doctor",
         [
-            ("--fetch", {"choices": ("libnbd", "qemu"), "help": "bring this into the cache first, by a private apt"}),
+            (
+                "--fetch",
+                {"choices": ("libnbd", "lspci", "qemu"), "help": "bring this into the cache first, by a private apt"},
+            ),
             _JSON,
         ],
     ),
 }
 
 _OFFSET: Argument = ("--offset", {"metavar": "SIZE", "default": "0", "help": "where it begins, as 4096 or 1M"})
+_PROFILE: Argument = (
+    "--profile",
+    {
+        "metavar": "FILE",
+        "action": "append",
+        "default": [],
+        "help": "judge for this driver, too; may be repeated (vpci layout profile makes one)",
+    },
+)
 _OUTPUT: Argument = ("-o/--output", {"metavar": "FILE", "default": "-", "help": "where it goes (default: -, stdout)"})
 
 #: command -> its jobs, in the form of COMMANDS. The job is args.job, None when there is none and one is not required.
@@ -301,6 +314,7 @@ JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
             [
                 ("old", {"metavar": "OLD", "help": "a snapshot or a CONFIG"}),
                 ("new", {"metavar": "NEW", "help": "a snapshot or a CONFIG; --layout and --set are for this one"}),
+                _PROFILE,
                 _LAYOUT,
                 _SET,
                 _JSON,
@@ -319,8 +333,30 @@ JOBS: dict[str, dict[str, tuple[str, str, Sequence[Argument]]]] = {
                         "help": "what ends with 1: a verdict breaking; also needs a run (default); also any change",
                     },
                 ),
+                _PROFILE,
                 ("--junit", {"metavar": "FILE", "help": "write JUnit XML as well"}),
                 _JSON,
+            ],
+        ),
+        "profile": (
+            "make a driver profile of a recorded trace, for --profile of diff and check",
+            "vpci layout profile linux.trace --from 2 -o linux.toml",
+            [
+                ("trace", {"metavar": "TRACE", "help": "QEMU's trace, as vpci guest --trace writes it"}),
+                ("--slot", {"metavar": "SLOT", "help": "which function, such as 00:01.0, where there are several"}),
+                (
+                    "--from",
+                    {
+                        "metavar": "N",
+                        "dest": "first",
+                        "type": int,
+                        "default": 1,
+                        "help": "begin with the N-th reset of the device; firmware's is the first (default: 1)",
+                    },
+                ),
+                ("--name", {"metavar": "NAME", "help": "the driver's name (default: the file's)"}),
+                ("--layout", {"metavar": "FILE", "default": "legacy", "help": "the layout that it was recorded on"}),
+                _OUTPUT,
             ],
         ),
         "reference": (
@@ -367,7 +403,7 @@ def _add(place: Any, table: dict[str, tuple[str, str, Sequence[Argument]]]) -> d
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(argv)
-    if getattr(args, "layout", None):
+    if getattr(args, "layout", None) and hasattr(args, "sets"):
         args.sets = [*args.sets, f"header.layout={json.dumps(args.layout)}"]
     run: Callable[[argparse.Namespace], int] = importlib.import_module(f"vpci.commands.{args.command}").run
     try:

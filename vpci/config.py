@@ -78,9 +78,13 @@ class HeaderSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The register header in BAR0."""
 
     hi_gate: Annotated[
-        Literal["acked", "offered"],
-        Meta(description="When the 32:63 feature fields are there: bit 31 is acked by the guest, or merely offered."),
-    ] = "acked"
+        Literal["acked", "offered"] | None,
+        Meta(
+            description="When the 32:63 feature fields are there: bit 31 is acked by the guest, or merely offered. "
+            "Absent: as the layout says first; the built-in ones say acked.",
+            examples=["acked"],
+        ),
+    ] = None
     hi_place: Annotated[
         str,
         Meta(

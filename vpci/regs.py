@@ -2,8 +2,9 @@
 
 A layout is an ordered list of blocks; a block has registers and at most one condition; offsets are never written but
 computed by a running sum over the blocks whose condition holds. A block may name a fixed start for a placement other
-than "following". One block, the last, stands for the device's own configuration. Built-in layouts are files like any
-other.
+than "following". One block stands for the device's own configuration; what follows it lies behind the model's bytes.
+The conditions `msix` and `hi` have their meaning from the specification, others hang on a feature bit. Built-in layouts
+are files like any other.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from vpci.errors import LayoutError
+from vpci.function_shape import FunctionShape, MsixPlace, PlacedCapability, capabilities, check_capabilities, msix_place
+from vpci.spec.features import FEATURES_HI, bits_of
 
 LAYOUT_FOLDER = Path(__file__).parent / "layouts"
-CONDITIONS = ("msix", "hi")
+#: Conditions that the specification has; a file may have MAX_OWN of its own.
+CONDITIONS = MSIX, HI = ("msix", "hi")
+MAX_OWN = 4
+NONE: frozenset[str] = frozenset()
 FOLLOWING = "following"
 WIDTHS = (8, 16, 32, 64)
 #: What a `reset` may name, with its bits.
@@ -33,10 +39,9 @@ LEAST_BITS = {"guest_features": 32, "guest_features_hi": 32, "config_vector": 16
 #: A guest writes a register whole, and no instruction writes more than this to I/O space.
 MAX_WRITE_BITS = 32
 ACKED, OFFERED = "acked", "offered"
-#: The guest acks these bits in this register.
-ACK_REGISTER, ACK_BITS = "guest_features", 32
+#: The guest acks bits below ACK_BITS in the first register, the others in the second.
+ACK_REGISTER, ACK_REGISTER_HI, ACK_BITS = "guest_features", "guest_features_hi", 32
 MAX_FEATURE = 63
-MAX_IO_BAR_BYTES = 256  # [pci 6.2.5.1]
 
 
 class Access(enum.Enum):
@@ -62,11 +67,19 @@ class Register(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When a block is there. With `feature`, one of `gates` decides whether the offer or the ack of that bit counts."""
+    """When a block is there. With `feature`, one of `gates` decides whether the offer or the ack of that bit counts.
+
+    The first gate is in force unless `header.hi_gate` chooses another one for `hi`; none named: "acked".
+    """
 
     meaning: str = ""
     feature: int | None = None
     gates: tuple[str, ...] = ()
+
+    @property
+    def gate(self) -> str:
+        """The gate in force where nothing chooses."""
+        return self.gates[0] if self.gates else ACKED
 
     def holds(self, gate: str, offered: int, acked: int) -> bool:
         """Whether the bit is offered and, unless the gate is "offered", acked; both words 64 bits."""
@@ -84,14 +97,6 @@ class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     at: dict[str, Annotated[int, msgspec.Meta(ge=0)]] = {}
     config: bool = False
     register: tuple[Register, ...] = ()
-
-
-class FunctionShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a layout says of the function around the header; None: the model's. `bar0_bytes` 0: as few as it needs."""
-
-    revision: Annotated[int, msgspec.Meta(ge=0, le=0xFF)] | None = None
-    bar0_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_IO_BAR_BYTES)] = 0
-    msix_bar: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,11 +133,16 @@ class Field:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The map at one moment: fields by offset, gaps as (start, end), config_base = first byte after the header."""
+    """The map at one moment: fields by offset, gaps as (start, end), config_base = first byte after the header.
+
+    Fields at `config_base` or above lie behind device configuration; they are there where its size was told. `end` is
+    the first byte behind everything.
+    """
 
     fields: tuple[Field, ...]
     gaps: tuple[tuple[int, int], ...]
     config_base: int
+    end: int
 
     @cached_property
     def by_name(self) -> dict[str, Field]:
@@ -156,7 +166,8 @@ class Layout:
         self.file, self.name, self.title = file, content.name, content.title
         self.lines = Lines(text, content.block)
         self.blocks, self.conditions, self.function = content.block, content.conditions, content.function
-        self._maps: dict[tuple[bool, bool, str], Resolved] = {}
+        self.own = tuple(name for name in self.conditions if name not in CONDITIONS)
+        self._maps: dict[tuple[frozenset[str], str, int | None], Resolved] = {}
         _check(self)
 
     @property
@@ -169,27 +180,94 @@ class Layout:
         """The condition of this name; one that never holds when the layout has none."""
         return self.conditions.get(name, Condition())
 
-    def resolve(self, msix: bool, hi: bool, placement: str = FOLLOWING) -> Resolved:
-        """The map with MSI-X enabled or not and the 32:63 fields there or not."""
-        key = (msix, hi, placement)
+    def holding(self, offered: int, acked: int) -> frozenset[str]:
+        """Which of the layout's own conditions hold; both words 64 bits."""
+        rows = ((name, self.conditions[name]) for name in self.own)
+        return frozenset(name for name, row in rows if row.holds(row.gate, offered, acked))
+
+    def resolve(
+        self,
+        msix: bool,
+        hi: bool,
+        placement: str = FOLLOWING,
+        also: frozenset[str] = NONE,
+        config_size: int | None = None,
+    ) -> Resolved:
+        """The map with MSI-X enabled or not, the 32:63 fields there or not, and `also` of the layout's own conditions.
+
+        `config_size` is that of device configuration, in bytes; without it what lies behind configuration is left out.
+        """
+        state = also | {name for name, holds in zip(CONDITIONS, (msix, hi), strict=True) if holds}
+        key = (state, placement, config_size)
         if key not in self._maps:
-            self._maps[key] = _place(self, dict(zip(CONDITIONS, (msix, hi), strict=True)), placement)
+            self._maps[key] = _place(self, state, placement, config_size)
         return self._maps[key]
+
+    def states(
+        self, allowed: tuple[str, ...] = CONDITIONS, offered: int | None = None, gate: str | None = None
+    ) -> list[tuple[bool, bool, frozenset[str]]]:
+        """Every (msix, hi, also) that a driver can bring the device to; `allowed` of msix and hi can hold at all.
+
+        `offered` None: whatever can be offered; `gate` None: either gate of `hi`.
+        """
+        gates = (gate,) if gate else self.condition(HI).gates or (ACKED,)
+        offers = [offered] if offered is not None else list(_subsets(self._relevant))
+        found = {
+            (hi and HI in allowed, also)
+            for one_gate, one_offer in itertools.product(gates, offers)
+            for hi, also in self._feature_states(one_gate, one_offer)
+        }
+        order = sorted(found, key=lambda row: (row[0], len(row[1]), sorted(row[1])))
+        msix = (False, True) if MSIX in allowed else (False,)
+        return [(on, hi, also) for on in msix for hi, also in order]
+
+    @property
+    def _relevant(self) -> int:
+        """The bits that conditions hang on, and 31, without which no bit above it counts."""
+        bits = {row.feature for row in self.conditions.values() if row.feature is not None}
+        return sum(1 << bit for bit in {*bits, FEATURES_HI})
+
+    def _feature_states(self, gate: str, offered: int) -> Iterator[tuple[bool, frozenset[str]]]:
+        """(hi, also) for each choice of a driver among the offered bits."""
+        for acked in _subsets(offered & self._relevant):
+            low = acked & (1 << ACK_BITS) - 1
+            counts = acked if low >> FEATURES_HI & 1 else low
+            yield self.condition(HI).holds(gate, offered, low), self.holding(offered, counts)
 
     def bar0_size(self, needed: int) -> int:
         """Bytes of BAR0 where header and configuration need `needed`: the next power of two, or what the file says."""
         least = max(16, 1 << (needed - 1).bit_length())
         told = self.function.bar0_bytes or least
         if told < least or told & (told - 1):
-            where = f"function.bar0_bytes (line {self.lines.key('bar0_bytes')})"
             wanted = f"a power of two from {least}, for header and device configuration need {needed} bytes"
-            raise LayoutError(self.file, where, str(told), wanted)
+            raise LayoutError(self.file, self._function_key("bar0_bytes"), str(told), wanted)
         return told
 
+    def msix_place(self, n_vectors: int) -> MsixPlace:
+        """Where MSI-X lies with so many vectors."""
+        return msix_place(self.file, self.function, n_vectors, self._function_key)
+
+    def _function_key(self, name: str) -> str:
+        return f"function.{name}" + (f" (line {self.lines.key(name)})" if self.lines.has(name) else "")
+
+    def capabilities(self, has_msix: bool) -> list[PlacedCapability]:
+        """The capability list, in its order."""
+        return capabilities(self.function, has_msix, self.lines.capability)
+
     def header_size(self, conditions: tuple[str, ...], placement: str = FOLLOWING) -> int:
-        """Bytes of the largest header that the given conditions allow; BAR sizes follow from it."""
-        states = itertools.product(*((False, True) if name in conditions else (False,) for name in CONDITIONS))
-        return max(self.resolve(msix, hi, placement).config_base for msix, hi in states)
+        """Bytes of the largest header that the given conditions allow."""
+        return max(self.resolve(m, h, placement, a).config_base for m, h, a in self.states(conditions))
+
+    def size(self, conditions: tuple[str, ...], placement: str, config_size: int) -> int:
+        """Bytes of header, configuration and what is behind it, at most; BAR sizes follow from it."""
+        return max(self.resolve(m, h, placement, a, config_size).end for m, h, a in self.states(conditions))
+
+
+def _subsets(word: int) -> Iterator[int]:
+    """Every choice among the bits of a word."""
+    bits = list(bits_of(word))
+    for choice in itertools.product((0, 1), repeat=len(bits)):
+        yield sum(1 << bit for bit, taken in zip(bits, choice, strict=True) if taken)
 
 
 class Lines:
@@ -237,6 +315,21 @@ class Lines:
         """The line of a key that a file has once."""
         return self._line_of(rf"\b{re.escape(name)}\s*=")
 
+    def has(self, name: str) -> bool:
+        """Whether the file has the key anywhere."""
+        return bool(re.search(rf"\b{re.escape(name)}\s*=", self._text))
+
+    def capability(self, at: int) -> int:
+        """The line of the `at`-th capability's id; no other table has a key of this name."""
+        found = list(re.finditer(r"""(?<![\w."'-])id\s*=""", self._text))
+        return self._text.count("\n", 0, found[at].start()) + 1 if at < len(found) else 0
+
+    def gates(self, name: str) -> int:
+        """The line of a condition's gates, or of the condition."""
+        first = self.condition(name)
+        rest = self._text.split("\n")[first - 1 :]
+        return next((first + at for at, line in enumerate(rest) if re.search(r"\bgates\s*=", line)), first)
+
     def condition(self, name: str) -> int:
         """The line of a condition."""
         word = rf"[\"']?{re.escape(name)}[\"']?"
@@ -249,28 +342,37 @@ def _without_comments(text: str) -> str:
     return re.sub(r"""("[^"\n]*"|'[^'\n]*')|#[^\n]*""", lambda match: match[1] or "", text)
 
 
-def _place(layout: Layout, state: dict[str, bool], placement: str) -> Resolved:
+def _place(layout: Layout, state: frozenset[str], placement: str, config_size: int | None) -> Resolved:
     if placement not in layout.placements:
         raise LayoutError(layout.file, "placement", repr(placement), " or ".join(layout.placements))
     fields: list[Field] = []
     gaps: list[tuple[int, int]] = []
-    end = 0
+    end = base = 0
+    before = ""
     for at, block in enumerate(layout.blocks):
-        if block.when is None or state[block.when]:
-            start = _start(layout, at, end, placement, fields)
+        if block.when is None or block.when in state:
+            start = _start(layout, at, end, placement, before)
             gaps += [(end, start)] if start > end else []
-            fields += _fields(layout, at, start)
+            for field in _fields(layout, at, start):
+                _check_alignment(layout.file, field, before)
+                fields.append(field)
+                before = field.label
             end = fields[-1].end if block.register else start
-    _check_alignment(layout.file, fields)
-    return Resolved(tuple(fields), tuple(gaps), end)
+        if block.config:
+            if config_size is None:
+                base = end
+                break
+            base, end = end, end + config_size
+            before = f"{_block_label(layout, at)}, {config_size} bytes from {base}"
+    return Resolved(tuple(fields), tuple(gaps), base, end)
 
 
-def _start(layout: Layout, at: int, end: int, placement: str, before: list[Field]) -> int:
+def _start(layout: Layout, at: int, end: int, placement: str, before: str) -> int:
     """Where a block starts: at the end of the one before it, or where the placement says, if that is free."""
     block = layout.blocks[at]
     start = block.at.get(placement, end)
     if start < end:
-        where = f"{_block_label(layout, at)} and {before[-1].label} overlap in placement {placement}"
+        where = f"{_block_label(layout, at)} and {before} overlap in placement {placement}"
         raise LayoutError(layout.file, where, f"a start at {start}", f"{end} or more")
     return start
 
@@ -287,13 +389,11 @@ def _fields(layout: Layout, at: int, start: int) -> Iterator[Field]:
         start += width
 
 
-def _check_alignment(file: str, fields: list[Field]) -> None:
-    for before, field in zip([None, *fields], fields, strict=False):
-        if field.offset % field.width:
-            cause = f", which follows {before.label}" if before else ""
-            raise LayoutError(
-                file, field.label + cause, f"offset {field.offset}", f"a multiple of its width, {field.width} bytes"
-            )
+def _check_alignment(file: str, field: Field, before: str) -> None:
+    if field.offset % field.width:
+        cause = f", which follows {before}" if before else ""
+        wanted = f"a multiple of its width, {field.width} bytes"
+        raise LayoutError(file, field.label + cause, f"offset {field.offset}", wanted)
 
 
 class _Named(NamedTuple):
@@ -327,22 +427,36 @@ def _check(layout: Layout) -> None:
     for named in registers:
         _check_selector(layout.file, named, by_name)
     _check_config_block(layout)
+    _check_own(layout)
     for name in layout.conditions:
         _check_reachable(layout, name, by_name)
-    for msix, hi, placement in itertools.product((False, True), (False, True), layout.placements):
-        layout.resolve(msix, hi, placement)
+    check_capabilities(layout.file, layout.function, layout.lines.capability)
+    for (msix, hi, also), placement in itertools.product(layout.states(), layout.placements):
+        layout.resolve(msix, hi, placement, also)
 
 
 def _check_block(layout: Layout, at: int) -> None:
     block, file = layout.blocks[at], layout.file
-    declared = [name for name in layout.conditions if name in CONDITIONS]
-    if block.when is not None and block.when not in declared:
-        wanted = f"one of [conditions]: {_list(declared)}"
+    if block.when is not None and block.when not in layout.conditions:
+        wanted = f"one of [conditions]: {_list(layout.conditions)}"
         raise LayoutError(file, _block_label(layout, at), f"condition {block.when!r}", wanted)
-    unknown = [name for name in layout.conditions if name not in CONDITIONS]
-    if unknown:
-        where = f"[conditions] (line {layout.lines.condition(unknown[0])})"
-        raise LayoutError(file, where, repr(unknown[0]), f"one of {_list(CONDITIONS)}")
+
+
+def _check_own(layout: Layout) -> None:
+    """Conditions of the file's own: few, for all their combinations are looked at, and with one gate each."""
+    lines = layout.lines
+    if len(layout.own) > MAX_OWN:
+        where = f"condition {layout.own[MAX_OWN]} (line {lines.condition(layout.own[MAX_OWN])})"
+        wanted = f"{MAX_OWN} at most beside {_list(CONDITIONS)}"
+        raise LayoutError(layout.file, where, f"{len(layout.own)} conditions of the file's own", wanted)
+    for name in layout.own:
+        condition = layout.conditions[name]
+        where = f"condition {name!r} (line {lines.condition(name)})"
+        if condition.feature is None:
+            raise LayoutError(layout.file, where, "no feature", f"a feature bit, or one of {_list(CONDITIONS)}")
+        if len(condition.gates) > 1:
+            wanted = "one: header.hi_gate chooses for hi alone"
+            raise LayoutError(layout.file, where, f"gates {_list(condition.gates)}", wanted)
 
 
 def _check_register(file: str, named: _Named) -> None:
@@ -400,30 +514,35 @@ def _check_reachable(layout: Layout, name: str, by_name: dict[str, _Named]) -> N
         raise LayoutError(layout.file, where, f"feature {condition.feature}", f"a bit from 0 to {MAX_FEATURE}")
     if condition.gates == (OFFERED,):
         return
-    if condition.feature >= ACK_BITS:
-        wanted = (
-            f'a bit from 0 to {ACK_BITS - 1}, or gates = ["{OFFERED}"]: the register of higher bits is not there yet'
-        )
-        raise LayoutError(layout.file, where, f"feature {condition.feature} with gate {ACKED}", wanted)
-    _check_can_be_acked(layout.file, where, by_name.get(ACK_REGISTER))
+    if condition.feature < ACK_BITS:
+        _check_can_be_acked(layout, name, where, ACK_REGISTER, by_name)
+    elif name == HI:
+        wanted = f'0 to {ACK_BITS - 1}, or gates = ["{OFFERED}"]: the register of higher bits is not there yet'
+        raise LayoutError(layout.file, where, f"feature {condition.feature} with gate {ACKED}", f"a bit from {wanted}")
+    else:
+        _check_can_be_acked(layout, name, where, ACK_REGISTER_HI, by_name)
 
 
-def _check_can_be_acked(file: str, where: str, register: _Named | None) -> None:
+def _check_can_be_acked(layout: Layout, name: str, where: str, register: str, by_name: dict[str, _Named]) -> None:
     """With gate "acked" the guest needs a register to ack in, before the condition holds."""
-    wanted = f"a register {ACK_REGISTER} that is always there and has access RW, for the guest to ack in"
-    if register is None:
-        raise LayoutError(file, where, f"no register {ACK_REGISTER}", wanted)
-    if register.block.when or not register.reg.access.writable:
-        when = f", when {register.block.when}" if register.block.when else ""
-        raise LayoutError(file, f"{where}, and {register.label}", f"access {register.reg.access.value}{when}", wanted)
+    there = "that is always there" if register == ACK_REGISTER else f"that does not hang on {name} itself"
+    wanted = f"a register {register} {there} and has access RW, for the guest to ack in"
+    named = by_name.get(register)
+    if named is None:
+        raise LayoutError(layout.file, where, f"no register {register}", wanted)
+    when = named.block.when
+    hangs = when is not None if register == ACK_REGISTER else when == name
+    if hangs or not named.reg.access.writable:
+        got = f"access {named.reg.access.value}" + (f", when {when}" if when else "")
+        raise LayoutError(layout.file, f"{where}, and {named.label}", got, wanted)
 
 
 def _check_config_block(layout: Layout) -> None:
     holders = [at for at, block in enumerate(layout.blocks) if block.config]
-    last = layout.blocks[-1] if layout.blocks else None
-    if len(holders) != 1 or last is None or not last.config or last.register or last.when:
+    config = layout.blocks[holders[0]] if holders else None
+    if len(holders) != 1 or config is None or config.register or config.when:
         got = f"config blocks {_list(_block_label(layout, at) for at in holders)}" if holders else "no config block"
-        wanted = "one block with config = true, the last, without registers and without a condition"
+        wanted = "one block with config = true, without registers and without a condition"
         raise LayoutError(layout.file, "blocks", got, wanted)
 
 

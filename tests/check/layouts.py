@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vpci.regs import LAYOUT_FOLDER
 
+SIGNATURE = 0x74726976
 #: The header of the paper again, typed from it: blocks cut elsewhere, inline tables, keys in another order.
 EQUAL = """
 name = "otherwise"
@@ -92,6 +93,28 @@ def notify_widened() -> str:
 def hi_by_offer() -> str:
     """The offer of bit 31 alone makes the high words appear."""
     return _legacy().replace('gates = ["acked", "offered"]', 'gates = ["offered"]')
+
+
+def after_config() -> str:
+    """A new field behind device configuration, with a value to be known by."""
+    field = '\n[[block]]\nname = "more"\n\n[[block.register]]\nname = "signature"\nwidth = 32\naccess = "R"\n'
+    return _legacy() + field + f"reset = {SIGNATURE:#x}\n"
+
+
+def conditional(feature: int, gate: str) -> str:
+    """A block that hangs on another bit, before the vectors: what follows moves by 4 where it is there."""
+    condition = f'[conditions.proposal]\nmeaning = "a proposal"\nfeature = {feature}\ngates = ["{gate}"]\n\n'
+    block = '[[block]]\nname = "proposal"\nwhen = "proposal"\n\n[[block.register]]\nname = "proposed"\n'
+    head, vectors, hi, config = _blocks()
+    head = head.replace("[conditions.hi]", condition + "[conditions.hi]")
+    hi = hi.replace("at = { fixed24 = 24 }", "")
+    return head + block + f'width = 32\naccess = "RW"\nreset = {SIGNATURE:#x}\n\n' + vectors + hi + config
+
+
+def capabilities(*ids: int) -> str:
+    """Capabilities in this order, each at its own place whatever the order: MSI-X at 0x40, a vendor's at 0x60."""
+    rows = {0x11: "id = 0x11\nat = 0x40\n", 0x09: 'id = 0x09\nat = 0x60\nbytes = "08 00 76 70 63 69"\n'}
+    return _legacy() + "".join(f"\n[[function.capability]]\n{rows[id]}" for id in ids)
 
 
 def of_function(**keys: int) -> str:

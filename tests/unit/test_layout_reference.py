@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.check import layouts
 from vpci.cli import main
 from vpci.regs import LAYOUT_FOLDER
 
@@ -48,6 +49,17 @@ def test_a_changed_file_changes_the_page(tmp_path, capsys):
 )
 def test_the_page_has_the_numbers_of_the_paper(row):
     assert row in PAGE.read_text().splitlines()
+
+
+def test_conditions_of_a_files_own_and_what_is_behind_configuration_are_in_it(tmp_path, capsys):
+    more = layouts.after_config()[len((LAYOUT_FOLDER / "legacy.toml").read_text()) :]
+    (tmp_path / "own.toml").write_text(layouts.conditional(26, "offered") + more)
+    assert main(["layout", "reference", str(tmp_path / "own.toml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| `proposal` | a proposal; bit 26 | offered |" in lines
+    assert "| `proposed` | - | - | - | - | 20 | 20 | 20 | 20 |" in lines
+    assert "| `config_vector` | - | 20 | - | 20 | - | 24 | - | 24 |" in lines
+    assert "| `signature` |" + " end + 0 |" * 8 in lines
 
 
 def test_a_layout_that_is_not_there_is_named(capsys):

@@ -13,6 +13,7 @@ import pytest
 from tests.check import layouts
 from vpci import config
 from vpci.cli import main
+from vpci.guest import pciutils
 from vpci.tools import layout, layout_picture, lspci
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -23,7 +24,7 @@ BLK = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "64M"\n'
 def blk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A disk's configuration in an otherwise empty current folder, on a machine without lspci."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lspci, "find", lambda: None)
+    monkeypatch.setattr(lspci, "find_lspci", lambda: None)
     Path("blk.toml").write_text(BLK)
     return "blk.toml"
 
@@ -166,7 +167,7 @@ def test_an_lspci_is_asked_when_there_is_one(tmp_path, monkeypatch, status, want
     program = tmp_path / "lspci"
     program.write_text(f'#!/bin/sh\necho broken >&2\necho "$1 * $3 $4: $(cat "$2")"\nexit {status}\n')
     program.chmod(0o755)
-    monkeypatch.setattr(lspci, "_PLACES", ())
+    monkeypatch.setattr(pciutils, "_PLACES", ())
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert wanted in (lspci.view("00:00.0 blk\n") or "")
 

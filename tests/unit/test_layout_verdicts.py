@@ -12,16 +12,15 @@ import msgspec
 import pytest
 
 from tests.check import layouts
+from tests.check.nine import BAD, DRIVERS, GOOD, NINE, RUN, all_but
 from vpci import config
 from vpci.cli import main
 from vpci.errors import LayoutError
 from vpci.regs import LAYOUT_FOLDER
-from vpci.tools import layout, profiles, snapshot
+from vpci.tools import layout, layout_diff, profiles, snapshot
 from vpci.tools.snapshot import Capability, ConfigField, Function
 
 BLK = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "64M"\n'
-DRIVERS = ("draft", "freebsd", "linux-6.1", "linux-current", "osx-2011", "seabios", "virtio-win")
-GOOD, RUN, BAD = "compatible", "needs a run", "breaking"
 
 
 @pytest.fixture(autouse=True)
@@ -53,28 +52,48 @@ def a_field_more(old: Function) -> Function:
     return msgspec.structs.replace(old, device_config=(*old.device_config, ConfigField(72, 4, "new", "R")))
 
 
+def one_of_1_0(old: Function) -> Function:
+    """A common configuration capability alone, of the four that a function of virtio 1.0 has."""
+    more = Capability(id=0x09, at=0x60, bytes="10 01 00 00 00 00 00 00 00 00 38 00 00 00")
+    return msgspec.structs.replace(old, capability=(*old.capability, more))
+
+
+def capacity_moved(old: Function) -> Function:
+    return _capacity(old, at=64)
+
+
+def capacity_grown(old: Function) -> Function:
+    return _capacity(old, bytes=16)
+
+
+def _capacity(old: Function, **keys: int) -> Function:
+    first, *rest = old.device_config
+    return msgspec.structs.replace(old, device_config=(msgspec.structs.replace(first, **keys), *rest))
+
+
 POWER = Capability(id=0x01, at=0x50)
-
-
-def all_but(verdict: str, **others: str) -> dict[str, str]:
-    return dict.fromkeys(DRIVERS, verdict) | {name.replace("_", "-"): value for name, value in others.items()}
 
 
 #: What is changed, and the verdict on each driver.
 CASES: dict[str, tuple[Callable[[Function], Function], dict[str, str]]] = {
     "nothing": (lambda old: old, all_but(GOOD)),
-    "high words before the vectors": (lambda _: on(layouts.hi_before_vectors()), all_but(GOOD, draft=BAD)),
-    "queue_notify widened": (lambda _: on(layouts.notify_widened()), all_but(BAD)),
-    "status and ISR swapped": (lambda _: on(layouts.swapped("device_status", "isr_status")), all_but(BAD)),
-    "BAR0 grown": (lambda _: on(layouts.of_function(bar0_bytes=256)), all_but(GOOD)),
-    "a new field after device configuration": (a_field_more, all_but(GOOD)),
-    "MSI-X table in another BAR": (lambda _: on(layouts.of_function(msix_bar=2)), all_but(GOOD)),
-    "revision 1": (
-        lambda _: on(layouts.of_function(revision=1)),
-        all_but(BAD, osx_2011=GOOD, seabios=GOOD, virtio_win=GOOD),
+    "a new field at the end of device configuration": (a_field_more, all_but(GOOD)),
+    "another device id": (lambda _: on(layouts.of_function(device_id=0x1041)), all_but(BAD)),
+    "another legacy device id": (changed(device_id=0x103F), all_but(GOOD, seabios=BAD, virtio_win=BAD)),
+    "a transitional disk's id of virtio 1.0": (changed(device_id=0x1042), all_but(BAD, seabios=GOOD)),
+    "another vendor id": (lambda _: on(layouts.of_function(vendor_id=0x1AF5)), all_but(BAD)),
+    "another device type": (
+        lambda _: on(layouts.of_function(subsystem_id=1)),
+        all_but(BAD, seabios=GOOD, virtio_win=GOOD),
     ),
-    "another device id": (changed(device_id=0x1041), all_but(BAD, osx_2011=GOOD, seabios=GOOD, virtio_win=GOOD)),
-    "bit 31 gate from acked to offered": (
+    "a capability of virtio 1.0": (one_of_1_0, all_but(GOOD, linux_6_1=BAD, linux_current=BAD, virtio_win=BAD)),
+    "a field of device configuration moved": (capacity_moved, all_but(BAD)),
+    "a field of device configuration grown": (capacity_grown, all_but(RUN)),
+    "the draft taken literally": (
+        lambda _: function("device.dialect=patchv2-literal", "device.allow_broken=true"),
+        all_but(RUN, draft=GOOD, osx_2011=GOOD, seabios=GOOD),
+    ),
+    "bit 31 gate from acked to offered, by its key": (
         lambda _: function("header.hi_gate=offered"),
         all_but(BAD, draft=GOOD, osx_2011=GOOD),
     ),
@@ -82,6 +101,34 @@ CASES: dict[str, tuple[Callable[[Function], Function], dict[str, str]]] = {
     "INTx only": (lambda _: function("pci.msix_vectors=0"), all_but(RUN, osx_2011=GOOD, seabios=GOOD)),
     "FLUSH not offered": (lambda _: function("features.mask=[9]"), all_but(RUN, osx_2011=GOOD, seabios=GOOD)),
 }
+
+
+@pytest.mark.parametrize("name", NINE)
+def test_the_nine_changes_made_in_a_layout_file(name):
+    change = NINE[name]
+    assert verdicts(on(change.old) if change.old else function(), on(change.new)) == change.verdicts
+
+
+def test_the_page_tells_of_each_change_whom_it_breaks():
+    """docs/layouts.md, whose rows may take several changes together; "nobody", "all", "all but" and names are read."""
+    rows = (ROOT / "docs/layouts.md").read_text().split("| change | breaks | what was seen |")[1].split("\n\n")[0]
+    told = {}
+    for row in rows.splitlines()[2:]:
+        changes, breaks = row.strip("| ").split(" | ")[:2]
+        named = set(re.findall(r"`([\w.-]+)`", breaks))
+        for change in changes.split("; "):
+            told[PAGE_NAMES.get(change, change)] = set(DRIVERS) - named if breaks.startswith("all") else named
+    assert told == {name: {driver for driver in DRIVERS if row.verdicts[driver] == BAD} for name, row in NINE.items()}
+
+
+PAGE_NAMES = {"capabilities in another order": "capability order"}
+
+
+def test_capabilities_in_another_order_are_only_that():
+    """Each at its own place; what changes is the list alone."""
+    change = NINE["capability order"]
+    found = list(layout_diff.changes(on(change.old or ""), on(change.new)))
+    assert [row.kind for row in found] == ["capability order changed"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -221,7 +268,24 @@ def check(*words: str) -> int:
 
 def test_an_unchanged_layout_passes(kept, capsys):
     assert check() == check("--fail-on", "change") == 0
-    assert capsys.readouterr().out == 2 * "blk.toml: a driver meets the same\n"
+    assert capsys.readouterr().out == 2 * "blk.toml: a driver meets the same\nblk.snapshot: ok, 1 unchanged\n"
+
+
+def test_a_log_is_read_from_its_end_and_searched_for_sources(kept, capsys):
+    """No source is broken over lines; the last line says what to type if the change is meant."""
+    Path("blk.toml").write_text(BLK + '[header]\nhi_gate = "offered"\n')
+    assert check() == 1
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("linux-6.1      breaking")
+    assert lines[at + 1 : at + 4] == [
+        "    reads the first byte of device configuration [drivers/virtio/virtio_pci_legacy.c:vp_get]",
+        "        met    byte 0 of device configuration at 20 with MSI-X off, 32:63 fields absent",
+        "        meets  device_features_hi (4 bytes at 20, R) with MSI-X off, 32:63 fields there",
+    ]
+    assert lines[-1] == (
+        "blk.snapshot: failed (--fail-on run): changed are blk.toml (breaking: 5, compatible: 2); "
+        "if that is meant: vpci layout snapshot blk.toml -o blk.snapshot"
+    )
 
 
 #: What is changed in the configuration, and the exit status by --fail-on.
@@ -264,7 +328,7 @@ def test_junit_has_a_case_a_driver(kept):
     cases = {case.get("name"): case for case in suite}
     assert tuple(cases) == DRIVERS
     assert {name for name, case in cases.items() if case.find("failure") is not None} == {
-        name for name, verdict in CASES["bit 31 gate from acked to offered"][1].items() if verdict == BAD
+        name for name, verdict in CASES["bit 31 gate from acked to offered, by its key"][1].items() if verdict == BAD
     }
     assert suite.get("failures") == "5"
     assert "vp_get" in (cases["linux-6.1"].find("failure").text or "")

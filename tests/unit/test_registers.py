@@ -8,6 +8,7 @@ import pytest
 from unit_models import MAC, BlkLike, NetLike, make_device
 
 from vpci.effects import Effect, Effects
+from vpci.regs import LAYOUT_FOLDER
 
 B31 = 1 << 31
 
@@ -524,3 +525,16 @@ def test_a_register_without_a_handler_is_only_its_row(tmp_path):
     write(device, 9, 1, 0)
     assert [read(device, off, w) for off, w in ((0, 2), (4, 4), (8, 1))] == [0, 7, 1]
     assert device.bar_read(10, 6) == MAC
+
+
+def test_a_queue_notify_that_the_layout_has_read_only_kicks_nothing(tmp_path):
+    """It was a kick whatever the file said of its access."""
+    text = (LAYOUT_FOLDER / "legacy.toml").read_text()
+    (tmp_path / "own.toml").write_text(
+        text.replace(
+            'name = "queue_notify"\nwidth = 16\naccess = "RW"', 'name = "queue_notify"\nwidth = 16\naccess = "R"'
+        )
+    )
+    rows = make_device(layout=tmp_path / "own.toml").hot_rows()
+    assert [row.write for row in rows if row.offset == 16] == ["python"]
+    assert [row.write for row in make_device().hot_rows() if row.offset == 16] == ["kick"]

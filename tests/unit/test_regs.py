@@ -116,16 +116,31 @@ def test_a_wrong_layout_is_refused_with_both_parties_and_the_file(tmp_path, case
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("config", ["", CONFIG + block("z", reg("last"))])
-def test_device_configuration_is_the_last_block(tmp_path, config):
+@pytest.mark.parametrize("config", ["", CONFIG + CONFIG, CONFIG + 'when = "msix"\n'])
+def test_device_configuration_is_one_block_that_is_always_there(tmp_path, config):
     path = write(tmp_path, block("a", reg("x")), config=config)
-    with pytest.raises(LayoutError, match="config = true, the last"):
+    with pytest.raises(LayoutError, match="one block with config = true"):
         load_layout(path)
+
+
+def test_a_block_after_device_configuration_begins_where_the_models_bytes_end(tmp_path):
+    layout = load_layout(write(tmp_path, block("a", reg("x")), config=CONFIG + block("z", reg("last"))))
+    assert "last" not in layout.resolve(False, False).by_name
+    found = layout.resolve(False, False, config_size=12)
+    assert (found.by_name["last"].offset, found.config_base, found.end) == (16, 4, 20)
+
+
+def test_what_follows_configuration_lies_as_its_width_asks(tmp_path):
+    layout = load_layout(write(tmp_path, block("a", reg("x")), config=CONFIG + block("z", reg("last"))))
+    with pytest.raises(LayoutError) as error:
+        layout.resolve(False, False, config_size=6)
+    for word in ["z.last (bytes 10..13, line 15)", "block device_config (line 10), 6 bytes from 4", "got offset 10"]:
+        assert word in str(error.value)
 
 
 def test_a_condition_that_nobody_can_evaluate_is_refused(tmp_path):
     path = write(tmp_path, block("a", reg("x")), head=HEAD + "[conditions.moon]\n")
-    with pytest.raises(LayoutError, match="'moon'"):
+    with pytest.raises(LayoutError, match=r"condition 'moon' \(line 5\): got no feature"):
         load_layout(path)
 
 

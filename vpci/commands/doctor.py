@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 
 from vpci.commands.output import Output
+from vpci.guest.cache import Progress
 from vpci.guest.doctor import checks
 from vpci.guest.libnbd import ensure_libnbd
+from vpci.guest.pciutils import ensure_lspci
 from vpci.guest.qemu import ensure_qemu
 
-FETCH = {"libnbd": ensure_libnbd, "qemu": ensure_qemu}
+FETCH: dict[str, Callable[[Progress], object]] = {"libnbd": ensure_libnbd, "lspci": ensure_lspci, "qemu": ensure_qemu}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from vpci.config import Config
 from vpci.ctl import Ctl
 from vpci.errors import ConfigError
 from vpci.guest import Guest
+from vpci.tools.trace_profile import EVENTS
 from vpci.vfu.server import Server
 
 
@@ -24,12 +25,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("", "--run", None, "a command for the guest, or --interactive for a shell in it")
     out = Output(args.json)
     configs = configuration.load_all(args.config, args.sets)
-    options = {"kernel": args.kernel, "machine": args.machine, "memory_mib": args.memory, "append": args.append}
+    options: dict[str, Any] = {"kernel": args.kernel, "machine": args.machine, "memory_mib": args.memory}
+    options |= {"append": args.append, "extra_args": _trace_words(args.trace)}
     check_terminal(configs, "--json" if args.json else "--interactive" if args.interactive else "")
     with served(configs, out) as servers:
         with booted(servers, out, interactive=args.interactive, **options) as guest:
             status = guest.wait() if args.interactive else _run(guest, args.run, servers, out)
         return max(status, stop_all(servers, out))
+
+
+def _trace_words(path: str | None) -> list[str]:
+    """QEMU's own trace of every register access, in the form that `vpci layout profile` reads."""
+    words = [word for event in EVENTS for word in ("-trace", event)]
+    return ["-D", path, *words] if path else []
 
 
 def _run(guest: Guest, command: str, servers: Sequence[Server], out: Output) -> int:

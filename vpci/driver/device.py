@@ -48,7 +48,8 @@ class Identity:
 class Device:
     """A driver's view of one function on `client`; `memory` must be attached by the caller (or by start()).
 
-    `gate` and `placement` say which reading of the 32:63 fields the device follows.
+    `gate` and `placement` say which reading of the 32:63 fields the device follows; without a gate it is the layout's.
+    Registers behind device configuration, whose size a driver knows for itself, are reached by offset.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class Device:
         memory: Memory,
         layout: Layout | None = None,
         *,
-        gate: str = "acked",
+        gate: str | None = None,
         placement: str = FOLLOWING,
     ) -> None:
         self.client, self.memory = client, memory
         self.layout = layout or find_layout("legacy")
-        self.gate, self.placement = gate, placement
+        self.gate, self.placement = gate or self.layout.condition("hi").gate, placement
         self.msix_enabled = False
         self.offered_lo = self.acked_lo = 0
         self.queues: dict[int, Virtqueue] = {}

@@ -18,6 +18,7 @@ from vpci.guest.apt import KEYRING, cached_python_headers, find_mirror
 from vpci.guest.cache import cache_dir
 from vpci.guest.kernel import KERNELS, find_kernel
 from vpci.guest.libnbd import find_libnbd
+from vpci.guest.pciutils import find_lspci
 from vpci.guest.qemu import find_qemu
 
 OLDEST_PYTHON = (3, 11)
@@ -39,7 +40,8 @@ class Check:
 
 def checks() -> list[Check]:
     """Every check, in the order of use: build, run, fetch, guests, network."""
-    later = (replace(check, needed=False) for check in (*_transports(), *_guests(), *_network(), *_disks()))
+    more = (*_transports(), *_guests(), *_network(), *_disks(), *_layouts())
+    later = (replace(check, needed=False) for check in more)
     return [*_build(), *_fetching(), *later]
 
 
@@ -122,6 +124,11 @@ def _network() -> Iterator[Check]:
 def _disks() -> Iterator[Check]:
     hint = "only for disks on an NBD server: apt-get install libnbd0, or vpci doctor --fetch libnbd"
     yield _asked("libnbd", lambda: find_libnbd() or "", hint)
+
+
+def _layouts() -> Iterator[Check]:
+    hint = "only for lspci's view in vpci layout show: apt-get install pciutils, or vpci doctor --fetch lspci"
+    yield _check("lspci", (find_lspci() or [""])[-1], hint)
 
 
 def _asked(name: str, ask: Callable[[], str], hint: str) -> Check:

@@ -229,11 +229,18 @@ class Guest:
 
     def wait_console(self, pattern: str | bytes, timeout: float = START_TIMEOUT) -> bytes:
         """Wait until the console shows `pattern` (a regular expression); returns what matched."""
+        return self._wait_log("the console", lambda: self.console, pattern, timeout)
+
+    def wait_firmware(self, pattern: str | bytes, timeout: float = START_TIMEOUT) -> bytes:
+        """The same of SeaBIOS' own log."""
+        return self._wait_log("SeaBIOS", lambda: self.firmware_log, pattern, timeout)
+
+    def _wait_log(self, who: str, log: Callable[[], bytes], pattern: str | bytes, timeout: float) -> bytes:
         regex = re.compile(pattern.encode() if isinstance(pattern, str) else pattern)
         deadline = time.monotonic() + timeout
-        while not (found := regex.search(self.console)):
+        while not (found := regex.search(log())):
             if time.monotonic() > deadline:
-                raise GuestTimeout(f"the console did not show {pattern!r} within {timeout:g} s{self._logs()}")
+                raise GuestTimeout(f"{who} did not show {pattern!r} within {timeout:g} s{self._logs()}")
             self._check_alive()
         return found[0]
 

@@ -23,11 +23,12 @@ class Bytes(NamedTuple):
 
 
 class Capability(NamedTuple):
-    """One capability; `pieces` are relative to it and leave out id and next pointer."""
+    """One capability; `pieces` are relative to it and leave out id and next pointer. `at` None: next free."""
 
     id: int
     size: int
     pieces: tuple[Bytes, ...]
+    at: int | None = None
 
 
 def header(identity: Identity, io_bar_size: int, memory_bar_size: int, memory_bar: int = 1) -> list[Bytes]:
@@ -61,6 +62,7 @@ class ConfigSpace:
     def __init__(self, pieces: Sequence[Bytes], capabilities: Sequence[Capability] = ()) -> None:
         self.interrupt_status: Callable[[], bool] = lambda: False
         self.capability_offsets: dict[int, int] = {}
+        self.capability_sizes: dict[int, int] = {}  # by offset
         self._power_on = bytearray(pci.CONFIG_SPACE_SIZE)
         self._writable = bytearray(pci.CONFIG_SPACE_SIZE)
         self._clear_on_1 = bytearray(pci.CONFIG_SPACE_SIZE)
@@ -79,13 +81,15 @@ class ConfigSpace:
             image[where] = value.to_bytes(piece.width, "little")
 
     def _chain(self, capabilities: Sequence[Capability]) -> None:
-        """Capabilities one after the other from 0x40, each on a multiple of 4; none: no list at all. [pci 6.7]"""
+        """Capabilities from 0x40, each where it asks or behind the one before; none: no list at all. [pci 6.7]"""
         link, offset = pci.CAPABILITY_POINTER, pci.HEADER_SIZE
         for capability in capabilities:
+            offset = offset if capability.at is None else capability.at
             self._power_on[pci.STATUS] |= pci.STATUS_CAPABILITIES_LIST
             self._power_on[link] = offset
             self._power_on[offset] = capability.id
             self.capability_offsets[capability.id] = offset
+            self.capability_sizes[offset] = capability.size
             for piece in capability.pieces:
                 self._put(piece, offset)
             link, offset = offset + 1, (offset + capability.size + 3) & ~3

@@ -6,13 +6,14 @@ Regions and interrupts are numbered as VFIO numbers them. [vfio]
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from vpci.effects import Effects
 from vpci.errors import ClientError
-from vpci.pci.config_space import ConfigSpace, header
-from vpci.pci.msix import BAR, MsixTable
+from vpci.function_shape import MsixPlace, PlacedCapability
+from vpci.pci.config_space import Bytes, Capability, ConfigSpace, header
+from vpci.pci.msix import MsixTable
 from vpci.spec import pci
 from vpci.spec.pci import Identity
 
@@ -55,20 +56,40 @@ class PciDevice(Protocol):
 
 
 class Function:
-    """BAR0 in I/O space is the device; with vectors `msix_bar` in memory space has the MSI-X table and pending bits."""
+    """BAR0 in I/O space is the device; with vectors a BAR in memory space has the MSI-X table and pending bits.
+
+    `place` says where they are, `capabilities` what the list has in its order; without them MSI-X is alone, in BAR1.
+    """
 
     def __init__(
-        self, device: PciDevice, n_vectors: int = 0, require_bus_master: bool = False, msix_bar: int = BAR
+        self,
+        device: PciDevice,
+        n_vectors: int = 0,
+        require_bus_master: bool = False,
+        place: MsixPlace | None = None,
+        capabilities: Sequence[PlacedCapability] | None = None,
     ) -> None:
         self.device = device
         self.n_vectors = n_vectors
         self.require_bus_master = require_bus_master
-        self.msix = MsixTable(n_vectors, msix_bar) if n_vectors else None
-        msix_size = self.msix.bar_size if self.msix else 0
-        capabilities = [self.msix.capability()] if self.msix else []
-        self.config = ConfigSpace(header(device.identity, device.bar_size, msix_size, msix_bar), capabilities)
-        sizes = {REGION_BAR0: device.bar_size, msix_bar: msix_size, REGION_CONFIG: pci.CONFIG_SPACE_SIZE}
+        self.msix = MsixTable(n_vectors, place) if n_vectors else None
+        bar, msix_size = (self.msix.bar, self.msix.bar_size) if self.msix else (1, 0)
+        self.config = ConfigSpace(
+            header(device.identity, device.bar_size, msix_size, bar), self._capabilities(capabilities)
+        )
+        sizes = {REGION_BAR0: device.bar_size, bar: msix_size, REGION_CONFIG: pci.CONFIG_SPACE_SIZE}
         self.regions = [_region(sizes.get(index, 0)) for index in range(N_REGIONS)]
+
+    def _capabilities(self, placed: Sequence[PlacedCapability] | None) -> list[Capability]:
+        own = [self.msix.capability()] if self.msix else []
+        if placed is None:
+            return own
+        return [
+            own[0]._replace(at=row.at)
+            if row.shape.id == pci.CAP_ID_MSIX
+            else Capability(row.shape.id, row.shape.size, _pieces(row.shape.body), row.at)
+            for row in placed
+        ]
 
     @property
     def irq_counts(self) -> tuple[int, ...]:
@@ -184,6 +205,10 @@ class Function:
         fx.intx_disable(0)
         if self.require_bus_master:
             fx.bus_master(0)
+
+
+def _pieces(body: bytes) -> tuple[Bytes, ...]:
+    return (Bytes(2, len(body), int.from_bytes(body, "little")),)
 
 
 def _region(size: int) -> Region:

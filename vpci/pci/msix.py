@@ -9,25 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vpci.effects import Effects
+from vpci.function_shape import MsixPlace, default_place
 from vpci.pci.config_space import Bytes, Capability
 from vpci.spec import pci
 
-BAR = 1
-_PAGE = 4096
-_SMALL_PBA = 0x800  # with up to 128 entries table and pending bits share one page
 _ENTRY_WRITABLE = bytes.fromhex("fcffffff ffffffff ffffffff 01000000")  # dword-aligned address, data, mask bit
 
 
 class MsixTable:
-    """`n_vectors` entries (1..0x800) in BAR `bar` of `bar_size` bytes; `pending` gives the pending bits as a number."""
+    """`n_vectors` entries (1..0x800), placed by whoever made it; `pending` gives the pending bits as a number."""
 
-    def __init__(self, n_vectors: int, bar: int = BAR) -> None:
-        self.n_vectors, self.bar = n_vectors, bar
+    def __init__(self, n_vectors: int, place: MsixPlace | None = None) -> None:
+        self.n_vectors = n_vectors
         self.pending: Callable[[], int] = lambda: 0
-        table_size = n_vectors * pci.MSIX_ENTRY_SIZE
-        self.pba_offset = _SMALL_PBA if table_size <= _SMALL_PBA else _round_up(table_size, _PAGE)
+        self.bar, self.bar_size, self.table_offset, self.pba_offset = place or default_place(n_vectors)
         self.pba_size = 8 * ((n_vectors + 63) // 64)
-        self.bar_size = 1 << (max(_PAGE, self.pba_offset + self.pba_size) - 1).bit_length()
         self._entries = bytearray()
         self._masked: set[int] = set()
         self._power_on()
@@ -41,7 +37,7 @@ class MsixTable:
         writable = pci.MSIX_CONTROL_ENABLE | pci.MSIX_CONTROL_FUNCTION_MASK
         pieces = (
             Bytes(pci.MSIX_CONTROL, 2, self.n_vectors - 1, writable),
-            Bytes(pci.MSIX_TABLE, 4, self.bar),
+            Bytes(pci.MSIX_TABLE, 4, self.table_offset | self.bar),
             Bytes(pci.MSIX_PBA, 4, self.pba_offset | self.bar),
         )
         return Capability(pci.CAP_ID_MSIX, pci.MSIX_CAP_SIZE, pieces)
@@ -49,15 +45,16 @@ class MsixTable:
     def read(self, off: int, count: int) -> bytes:
         """`count` bytes of the BAR: entries, pending bits, 0 elsewhere."""
         image = bytearray(count)
-        _overlay(image, off, 0, self._entries)
-        if off + count > self.pba_offset:
+        _overlay(image, off, self.table_offset, self._entries)
+        if off < self.pba_offset + self.pba_size and off + count > self.pba_offset:
             _overlay(image, off, self.pba_offset, self.pending().to_bytes(self.pba_size, "little"))
         return bytes(image)
 
     def write(self, off: int, data: bytes, fx: Effects) -> None:
         """A write of any width to the table; pending bits and the rest cannot be written."""
         controls = set()
-        for at, byte in enumerate(data[: max(0, len(self._entries) - off)], off):
+        first = off - self.table_offset
+        for at, byte in enumerate(data[max(0, -first) : max(0, len(self._entries) - first)], max(0, first)):
             vector, place = divmod(at, pci.MSIX_ENTRY_SIZE)
             self._entries[at] = byte & _ENTRY_WRITABLE[place]
             if place == pci.MSIX_ENTRY_CONTROL:
@@ -79,10 +76,6 @@ class MsixTable:
         for vector in sorted(self._masked):
             self._set_masked(vector, False, fx)
         self._power_on()
-
-
-def _round_up(value: int, unit: int) -> int:
-    return (value + unit - 1) // unit * unit
 
 
 def _overlay(image: bytearray, off: int, at: int, content: bytes | bytearray) -> None:

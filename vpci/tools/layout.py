@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vpci.build import make_function
 from vpci.config import Config
 from vpci.models.base import Model
 from vpci.pci.function import Function
-from vpci.regs import Field, Resolved
+from vpci.regs import CONDITIONS, Field, Resolved
 from vpci.spec import features as bits
 from vpci.spec import pci
 from vpci.tools import lspci
@@ -92,6 +92,8 @@ def facts(config: Config) -> Facts:
             "title": model.title,
             "dialect": device.dialect.name,
             "layout": {"name": device.layout.name, "title": device.layout.title, "gate": _gate(device)},
+            "access": device.settings.access,
+            "conditions": list(_conditions(device)),
             "identity": _identity(device),
             "interrupt_pin": space[pci.INTERRUPT_PIN],
             "bars": list(_bars(function, device)),
@@ -128,11 +130,11 @@ _DIGITS = {"revision": 2, "class_code": 6}  # in hexadecimal; all other ids have
 
 def _bars(function: Function, device: Device) -> Iterator[Facts]:
     """BARs with a size; `holds` says what lies where in it, in bytes."""
-    end = max(state.config_base for state in _maps(device).values()) + device.model.config_size
+    end = max(state.end for state in _maps(device).values())
     header = {"what": "register header and device configuration, at most", "offset": 0, "bytes": end}
     yield {"index": 0, "space": "io", "bytes": function.regions[0].size, "holds": [header]}
     if msix := function.msix:
-        table = {"what": "MSI-X table", "offset": 0, "bytes": msix.n_vectors * pci.MSIX_ENTRY_SIZE}
+        table = {"what": "MSI-X table", "offset": msix.table_offset, "bytes": msix.n_vectors * pci.MSIX_ENTRY_SIZE}
         pending = {"what": "MSI-X pending bits", "offset": msix.pba_offset, "bytes": msix.pba_size}
         yield {"index": msix.bar, "space": "memory", "bytes": msix.bar_size, "holds": [table, pending]}
 
@@ -142,13 +144,15 @@ def _capabilities(function: Function, space: bytes) -> Iterator[Facts]:
     at = space[pci.CAPABILITY_POINTER] if space[pci.STATUS] & pci.STATUS_CAPABILITIES_LIST else 0
     while at:
         name = CAPABILITY_NAMES.get(space[at], ("", {}))[0]
-        yield {"id": space[at], "name": name, "offset": at, **_msix_facts(space, at)}
+        size = function.config.capability_sizes[at]
+        yield {"id": space[at], "name": name, "offset": at, **_capability_facts(space, at, size)}
         at = space[at + 1]
 
 
-def _msix_facts(space: bytes, at: int) -> Facts:
+def _capability_facts(space: bytes, at: int, size: int) -> Facts:
+    """What MSI-X says, or the bytes of another capability."""
     if space[at] != pci.CAP_ID_MSIX:
-        return {}
+        return {"bytes": space[at + 2 : at + size].hex(" ")}
     control, table, pending = (
         int.from_bytes(space[at + off : at + off + width], "little")
         for off, width in ((pci.MSIX_CONTROL, 2), (pci.MSIX_TABLE, 4), (pci.MSIX_PBA, 4))
@@ -165,8 +169,9 @@ def _msix_facts(space: bytes, at: int) -> Facts:
 def _config_fields(function: Function, space: bytes) -> Iterator[Facts]:
     """Every named field, capabilities included, with its value at power-on and who may change it."""
     named = dict(CONFIG_NAMES)
-    for id, at in function.config.capability_offsets.items():
-        named |= {at + off: field for off, field in CAPABILITY_NAMES.get(id, ("", {}))[1].items()}
+    for at, size in function.config.capability_sizes.items():
+        known = CAPABILITY_NAMES.get(space[at], ("", {}))[1] or _unknown(space[at], size)
+        named |= {at + off: field for off, field in known.items()}
     for off, (name, width) in sorted(named.items()):
         value = int.from_bytes(space[off : off + width], "little")
         access, meaning = function.config.access(off, width), _MEANINGS.get(name)
@@ -178,6 +183,12 @@ def _config_fields(function: Function, space: bytes) -> Iterator[Facts]:
             "access": access,
             "meaning": meaning(value) if meaning and (value or access == "RW") else "",
         }
+
+
+def _unknown(id: int, size: int) -> dict[int, tuple[str, int]]:
+    """Names for a capability that nobody here knows."""
+    name = f"capability_{id:02x}"
+    return {0: (f"{name}_id", 1), 1: (f"{name}_next", 1), **({2: (f"{name}_bytes", size - 2)} if size > 2 else {})}
 
 
 _CLASSES = {1: "mass storage", 2: "network", 7: "communication", 0xFF: "unassigned"}
@@ -203,28 +214,37 @@ _MEANINGS: dict[str, Callable[[int], str]] = {
 # -- the header ------------------------------------------------------------------------------------------------------
 
 
-def _maps(device: Device) -> dict[tuple[bool, bool], Resolved]:
-    """(MSI-X on, 32:63 fields there) -> the map, for the states that this device can come to."""
-    msix = (False, True) if "msix" in device.dialect.conditions and device.settings.n_vectors else (False,)
-    gate = _gate(device)
-    hi = {"never": (False,), "offered": (True,)}.get(gate, (False, True))
-    return {state: device.layout.resolve(*state, device.settings.hi_place) for state in itertools.product(msix, hi)}
+def _maps(device: Device) -> dict[tuple[bool, bool, frozenset[str]], Resolved]:
+    """(MSI-X on, 32:63 fields there, own conditions that hold) -> the map, for what this device can come to."""
+    layout, settings, size = device.layout, device.settings, device.model.config_size
+    allowed = tuple(name for name in device.dialect.conditions if name != "msix" or settings.n_vectors)
+    states = layout.states(allowed, device.features.offered, settings.hi_gate)
+    return {(m, h, also): layout.resolve(m, h, settings.hi_place, also, size) for m, h, also in states}
 
 
-def state_name(msix: bool, hi: bool) -> str:
+def state_name(msix: bool, hi: bool, also: Iterable[str] = ()) -> str:
     """A state in words."""
-    return f"MSI-X {'on' if msix else 'off'}, 32:63 fields {'there' if hi else 'absent'}"
+    more = "".join(f", {name}" for name in sorted(also))
+    return f"MSI-X {'on' if msix else 'off'}, 32:63 fields {'there' if hi else 'absent'}{more}"
+
+
+def _conditions(device: Device) -> Iterator[Facts]:
+    """The layout's own conditions; msix and hi are everybody's."""
+    for name in device.layout.own:
+        row = device.layout.conditions[name]
+        yield {"name": name, "feature": row.feature, "gate": row.gate, "meaning": row.meaning}
 
 
 def _states(device: Device) -> Iterator[Facts]:
     """The header in each state; `moved` is against the first state: "+4", "new", or "" where nothing moved."""
     maps = _maps(device)
     first = next(iter(maps.values()))
-    for (msix, hi), resolved in maps.items():
+    for (msix, hi, also), resolved in maps.items():
         yield {
-            "name": state_name(msix, hi),
+            "name": state_name(msix, hi, also),
             "msix": msix,
             "hi": hi,
+            "also": sorted(also),
             "registers": [_register(device, field, first) for field in resolved.fields],
             "gaps": [list(gap) for gap in resolved.gaps],
             "absent": [field.name for field in first.fields if field.name not in resolved.by_name],
@@ -256,7 +276,11 @@ def _moved(now: int, before: int) -> str:
 def moves(states: list[Facts]) -> list[Facts]:
     """What one step between two states does: for each pair that differs in one condition, what comes, goes, moves."""
     pairs = itertools.combinations(states, 2)
-    return [_step(old, new) for old, new in pairs if (old["msix"] != new["msix"]) != (old["hi"] != new["hi"])]
+    return [_step(old, new) for old, new in pairs if len(_holding(old) ^ _holding(new)) == 1]
+
+
+def _holding(state: Facts) -> set[str]:
+    return {*state["also"], *(name for name in CONDITIONS if state[name])}
 
 
 def _step(old: Facts, new: Facts) -> Facts:

@@ -7,7 +7,18 @@ from typing import Any, NamedTuple
 
 from vpci.errors import ConfigError
 from vpci.tools.layout import CONFIG_BLOCK
-from vpci.tools.snapshot import Bar, Capability, ConfigField, Feature, Function, Queue, Register, State
+from vpci.tools.snapshot import (
+    STRICT,
+    Bar,
+    Capability,
+    Condition,
+    ConfigField,
+    Feature,
+    Function,
+    Queue,
+    Register,
+    State,
+)
 
 
 class Change(NamedTuple):
@@ -34,6 +45,7 @@ _KINDS = {
     "model": "model changed",
     "dialect": "dialect changed",
     "gate": "gate changed",
+    "access": "write rule changed",
     "vendor_id": "id changed",
     "device_id": "id changed",
     "subsystem_vendor_id": "id changed",
@@ -72,9 +84,11 @@ def changes(old: Function, new: Function) -> Iterator[Change]:
     """Everything that a driver could notice."""
     for key, kind in _KINDS.items():
         if getattr(old, key) != getattr(new, key):
-            yield Change(kind, key, _shown(key, getattr(old, key)), _shown(key, getattr(new, key)))
+            before, after = (_shown(key, getattr(function, key)) for function in (old, new))
+            yield Change(kind, key, before, after)
     yield from _bars(old.bar, new.bar)
     yield from _capabilities(old.capability, new.capability)
+    yield from _each(old.condition, new.condition, lambda row: f"condition {row.name}", _condition)
     yield from _states(old.state, new.state)
     yield from _each(old.device_config, new.device_config, _config_name, _config_field)
     yield from _each(old.feature, new.feature, lambda row: f"feature bit {row.bit}", _feature)
@@ -82,6 +96,8 @@ def changes(old: Function, new: Function) -> Iterator[Change]:
 
 
 def _shown(key: str, value: int | str) -> int | str:
+    if key == "access":
+        return value or STRICT
     return f"0x{value:x}" if isinstance(value, int) and key != "interrupt_pin" else value
 
 
@@ -107,6 +123,7 @@ _PLACES: dict[type, Callable[[Any], int | str]] = {
     Bar: lambda row: f"{row.bytes} bytes",
     Queue: lambda row: f"{row.size} entries",
     Feature: lambda row: str(row.name),
+    Condition: lambda row: f"bit {row.feature} {row.gate}",
     tuple: lambda item: f"0x{item[1].at:02x}",  # a capability with its name
 }
 
@@ -155,6 +172,11 @@ def _queue(what: str, old: Queue, new: Queue) -> Iterator[Change]:
     yield from _if_changed("queue size changed", what, old.size, new.size)
 
 
+def _condition(what: str, old: Condition, new: Condition) -> Iterator[Change]:
+    yield from _if_changed("condition changed", f"{what}: feature", old.feature, new.feature)
+    yield from _if_changed("condition changed", f"{what}: gate", old.gate, new.gate)
+
+
 def _bars(old: Sequence[Bar], new: Sequence[Bar]) -> Iterator[Change]:
     def compare(what: str, before: Bar, after: Bar) -> Iterator[Change]:
         yield from _if_changed("BAR space changed", what, before.space, after.space)
@@ -181,7 +203,7 @@ def _numbered(rows: Sequence[Capability]) -> Iterator[tuple[str, Capability]]:
 def _capability(what: str, old: tuple[str, Capability], new: tuple[str, Capability]) -> Iterator[Change]:
     before, after = old[1], new[1]
     yield from _if_changed("moved", what, f"0x{before.at:02x}", f"0x{after.at:02x}")
-    for key in ("vectors", "table_bar", "table_offset", "pba_bar", "pba_offset"):
+    for key in ("vectors", "table_bar", "table_offset", "pba_bar", "pba_offset", "bytes"):
         yield from _if_changed("capability changed", f"{what}: {key}", getattr(before, key), getattr(after, key))
 
 

@@ -44,4 +44,5 @@ def _case(suite: ElementTree.Element, row: Judged, judgement: Judgement, is_fail
 
 def _line(change: Change) -> str:
     states = f" ({'; '.join(change.states)})" if change.states else ""
-    return f"{change.kind}: {change.what}: {change.old} to {change.new}{states}"
+    old, new = ("-" if value is None else value for value in (change.old, change.new))
+    return f"{change.kind}: {change.what}: {old} to {new}{states}"

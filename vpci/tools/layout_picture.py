@@ -11,6 +11,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from vpci.tools.layout import CONFIG_BLOCK, Facts, lspci_dump, moves
+from vpci.tools.lspci import ABSENT
 
 BYTE = 13  # pixels that a byte of BAR0 is high
 COLUMN, RIBBON, TOP, EDGE = 216, 84, 52, 12
@@ -99,7 +100,7 @@ class _Span(NamedTuple):
 def header(facts: Facts) -> Drawing:
     """One column a state, bytes to scale, ribbons between; below the last field BAR0 reads ones and is cut short."""
     states, fills = _one_step_each(facts["states"]), _fills(facts["states"])
-    last = max(state["config_base"] for state in states) + _config_bytes(facts)
+    last = max(_end(state, facts) for state in states)
     parts = [*_ruler(last)]
     for place, state in enumerate(states):
         x = 40 + place * (COLUMN + RIBBON)
@@ -112,7 +113,7 @@ def header(facts: Facts) -> Drawing:
 
 def _one_step_each(states: Sequence[Facts]) -> list[Facts]:
     """In an order in which one condition changes from a column to the next."""
-    return sorted(states, key=lambda state: (state["hi"], state["msix"] != state["hi"]))
+    return sorted(states, key=lambda state: (state["also"], state["hi"], state["msix"] != state["hi"]))
 
 
 def _fills(states: Sequence[Facts]) -> dict[str, str]:
@@ -124,6 +125,13 @@ def _fills(states: Sequence[Facts]) -> dict[str, str]:
 def _config_bytes(facts: Facts) -> int:
     """Bytes up to the end of the last field of device configuration."""
     return max((field["offset"] + field["width"] for field in facts["device_config"]), default=0)
+
+
+def _end(state: Facts, facts: Facts) -> int:
+    """The first byte behind device configuration, and behind the registers that follow it."""
+    ends = (field["offset"] + field["width"] for field in state["registers"])
+    end: int = max(state["config_base"] + _config_bytes(facts), *ends)
+    return end
 
 
 def _y(byte: float) -> float:
@@ -146,7 +154,7 @@ def _column(x: float, state: Facts, facts: Facts, fills: Mapping[str, str], last
         yield _nobody(x, start, end, "nobody's, reads 0")
     base = state["config_base"]
     yield from _config_boxes(x, base, facts)
-    end, size = base + _config_bytes(facts), facts["bars"][0]["bytes"]
+    end, size = _end(state, facts), facts["bars"][0]["bytes"]
     if end < size:
         yield _nobody(x, end, last + 3, f"up to {size}: reads ones", str(end))
 
@@ -216,7 +224,7 @@ def _ribbons(
 def config_space(facts: Facts) -> Drawing:
     """Rows of four bytes with the highest on the left, as the PCI specification draws them, and the BARs below."""
     fields = facts["config_space"]["fields"]
-    rows = sorted({field["offset"] // 4 for field in fields} | set(range(16)))
+    rows = sorted({*range(16), *(row for field in fields for row in _rows_of(field))})
     parts = [_text(46, 20, "configuration space", "ink shift", 13), *_byte_numbers()]
     y_of = {row: TOP + place * ROW for place, row in enumerate(rows)}
     for row, y in y_of.items():
@@ -231,13 +239,18 @@ def _byte_numbers() -> Iterator[str]:
         yield _text(46 + (3.5 - place) * CELL, 44, f"+{place}", "dim", 10, "middle")
 
 
+def _rows_of(field: Facts) -> range:
+    """The rows of four bytes that a field lies in."""
+    return range(field["offset"] // 4, (field["offset"] + field["width"] + 3) // 4)
+
+
 def _config_field(field: Facts, y_of: Mapping[int, float]) -> Iterator[str]:
     """A box for each row that the field lies in."""
     start, end = field["offset"], field["offset"] + field["width"]
     fill = {"RW": "#f8d9a0", "RW1C": "#f5c1c5"}.get(field["access"], "#bcd7f5")
     if field["name"] in ("reserved", "cardbus_cis") or (field["access"] == "R" and not int(field["value"], 16)):
         fill = "#e6eaef"
-    for row in range(start // 4, (end + 3) // 4):
+    for row in _rows_of(field):
         low, high = max(start, row * 4) % 4, (min(end, row * 4 + 4) - 1) % 4
         x, width = 46 + (3 - high) * CELL, (high - low + 1) * CELL
         value = f" {field['value']}" if field["width"] <= 4 else ""
@@ -303,9 +316,11 @@ body { font: 15px/1.45 "DejaVu Sans", Verdana, Helvetica, Arial, sans-serif; mar
   max-width: 1500px; }
 h1 { font-size: 1.5rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 p { color: var(--dim); margin: 0.3rem 0 1rem; max-width: 75ch; }
-svg { max-width: 100%; height: auto; display: block; }
+svg { display: block; }
+.picture { overflow-x: auto; max-width: 100%; } /* scrolled, not shrunk: its smallest letters stay legible */
 .side { display: flex; flex-wrap: wrap; gap: 1rem 3rem; align-items: flex-start; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+table { display: block; overflow-x: auto; max-width: 100%; border-collapse: collapse;
+  font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--dim); font-weight: normal; } td.n { text-align: right; } tr.hit td { background: var(--hit); }
 pre { background: var(--soft); padding: 0.8rem 1rem; overflow-x: auto; font-size: 12.5px; line-height: 1.35; }
@@ -318,6 +333,10 @@ _HEADER_WORDS = (
 )
 
 
+def _picture(drawing: Drawing, title: str) -> str:
+    return f'<div class="picture">{_document(drawing, title)}</div>'
+
+
 def page(facts: Facts, lspci_text: str | None) -> str:
     """A page that stands alone: pictures first, then every table."""
     body = [
@@ -325,14 +344,14 @@ def page(facts: Facts, lspci_text: str | None) -> str:
         f"<p>{escape(_title(facts).partition(': ')[2])}. {escape(facts['layout']['title'])}.</p>",
         "<h2>The register header in BAR0</h2>",
         f"<p>{_HEADER_WORDS}</p>",
-        _document(header(facts), "the register header in each state"),
+        _picture(header(facts), "the register header in each state"),
         "<h2>What moves</h2>",
         _table(("from", "to", "what", "where"), _move_rows(facts)),
         *[part for state in facts["states"] for part in _state(state)],
         "<h2>Configuration space and BARs</h2>",
         "<p>Orange can be written, red is cleared by writing ones, blue is fixed, grey is 0.</p>",
         '<div class="side">',
-        _document(config_space(facts), "configuration space"),
+        _picture(config_space(facts), "configuration space"),
         _table(("offset", "field", "value", "access", "meaning"), _config_rows(facts), right=(0,)),
         "</div>",
         "<h2>Features and queues</h2>",
@@ -343,7 +362,7 @@ def page(facts: Facts, lspci_text: str | None) -> str:
         ),
         "</div>",
         "<h2>The same bytes, as lspci has them</h2>",
-        f"<pre>{escape(lspci_text or '(there is no lspci on the machine that made this page)')}</pre>",
+        f"<pre>{escape(lspci_text or ABSENT)}</pre>",
         f"<pre>{escape(lspci_dump(facts))}</pre>",
     ]
     title = f"<title>{escape(_title(facts))}</title>"

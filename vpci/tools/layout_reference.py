@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from vpci.regs import Layout, Register, Resolved
 from vpci.tools.layout import CONFIG_BLOCK, state_name
@@ -18,7 +19,6 @@ register is little-endian, is read by any byte of it and written whole (`header.
 After a reset a register holds a number, or `offered_lo` and `offered_hi`, the bits 0:31 and 32:63 that are offered, or
 `queue_size`, the entries of the selected queue.
 """
-_STATES = ((False, False), (True, False), (False, True), (True, True))  # (MSI-X on, 32:63 fields there)
 
 
 def reference(layouts: Iterable[Layout]) -> str:
@@ -37,7 +37,7 @@ def _layout(layout: Layout) -> Iterator[str]:
     yield from _table(("register", "bits", "access", "after reset", "one for each", "meaning"), _registers(layout))
     for placement in layout.placements:
         yield f"### Offsets, placement {placement}\n"
-        yield from _table(("register", *(state_name(*state) for state in _STATES)), _offsets(layout, placement))
+        yield from _table(("register", *(state_name(*state) for state in _states(layout))), _offsets(layout, placement))
 
 
 def _dialects(layout: Layout) -> Iterator[str]:
@@ -70,18 +70,38 @@ def _reset(reg: Register) -> str:
 
 def _offsets(layout: Layout, placement: str) -> Iterator[tuple[str, ...]]:
     """A row a register, a column a state; bytes that belong to nobody, and device configuration, at the end."""
-    maps = [layout.resolve(msix, hi, placement) for msix, hi in _STATES]
+    maps = [_map(layout, placement, *state) for state in _states(layout)]
     for block in layout.blocks:
         for reg in block.register:
             yield f"`{reg.name}`", *(_offset(resolved, reg.name) for resolved in maps)
-    if any(resolved.gaps for resolved in maps):
-        yield "nobody's, reads 0", *(_gaps(resolved) for resolved in maps)
-    yield CONFIG_BLOCK, *(str(resolved.config_base) for resolved in maps)
+    if any(found.resolved.gaps for found in maps):
+        yield "nobody's, reads 0", *(_gaps(found.resolved) for found in maps)
+    yield CONFIG_BLOCK, *(str(found.resolved.config_base) for found in maps)
 
 
-def _offset(resolved: Resolved, name: str) -> str:
-    field = resolved.by_name.get(name)
-    return str(field.offset) if field else "-"
+def _states(layout: Layout) -> list[tuple[bool, bool, frozenset[str]]]:
+    """Every state of the file's conditions: own ones by and by, within them the 32:63 fields, within them MSI-X."""
+    return sorted(layout.states(), key=lambda state: (len(state[2]), sorted(state[2]), state[1], state[0]))
+
+
+class _Map(NamedTuple):
+    """A map with a configuration of some size, and where that ends: what lies behind it is counted from there."""
+
+    resolved: Resolved
+    behind: int
+
+
+def _map(layout: Layout, placement: str, msix: bool, hi: bool, also: frozenset[str]) -> _Map:
+    base = layout.resolve(msix, hi, placement, also).config_base
+    size = -base % 8  # any that keeps what follows aligned
+    return _Map(layout.resolve(msix, hi, placement, also, size), base + size)
+
+
+def _offset(found: _Map, name: str) -> str:
+    field = found.resolved.by_name.get(name)
+    if field is None:
+        return "-"
+    return str(field.offset) if field.offset < found.resolved.config_base else f"end + {field.offset - found.behind}"
 
 
 def _gaps(resolved: Resolved) -> str:

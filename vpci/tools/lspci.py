@@ -1,16 +1,18 @@
-"""lspci's view of configuration space: the dump that `lspci -F` reads, and what an installed lspci makes of it."""
+"""lspci's view of configuration space: the dump that `lspci -F` reads, and what an lspci makes of it."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+from vpci.guest.pciutils import find_lspci
+
 SLOT = "00:00.0"
+#: What is shown instead where there is none.
+ABSENT = "(there is no lspci here: apt-get install pciutils, or vpci doctor --fetch lspci)"
 _ROW = 16
-_PLACES = ("/usr/bin", "/usr/sbin", "/sbin")  # a user's PATH often lacks the last two
 _TIMEOUT_S = 30
 
 
@@ -20,24 +22,19 @@ def dump(space: bytes, title: str) -> str:
     return "\n".join([f"{SLOT} {title}", *rows, ""])
 
 
-def find() -> str | None:
-    """The path of an lspci, None where there is none."""
-    return shutil.which("lspci", path=os.pathsep.join([os.environ.get("PATH", ""), *_PLACES]))
-
-
 def view(text: str) -> str | None:
     """What lspci says of a dump, ids as numbers so that no database of names matters; None without an lspci.
 
     An lspci that fails is quoted: what is shown beside it does not depend on it.
     """
-    program = find()
+    program = find_lspci()
     if program is None:
         return None
     with tempfile.TemporaryDirectory(prefix="vpci-lspci-") as folder:
         file = Path(folder) / "dump"
         file.write_text(text)
-        command = [program, "-F", str(file), "-n", "-vv"]
+        command = [*program, "-F", str(file), "-n", "-vv"]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, env={**os.environ, "LC_ALL": "C"}
         )
-    return done.stdout.strip() + "\n" if done.returncode == 0 else f"{program} failed: {done.stderr.strip()}\n"
+    return done.stdout.strip() + "\n" if done.returncode == 0 else f"{program[-1]} failed: {done.stderr.strip()}\n"

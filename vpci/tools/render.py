@@ -16,6 +16,7 @@ from rich.text import Text
 from vpci.guest.doctor import Check
 from vpci.spec.features import short as features_short
 from vpci.tools import layout as layout_facts
+from vpci.tools.lspci import ABSENT
 
 if TYPE_CHECKING:
     from vpci.check.runner import Verdict
@@ -337,7 +338,7 @@ def _layout(out: Console, facts: dict[str, Any], lspci: str | None) -> None:
         show(out, table)
     for title, text in (
         ("the same bytes, for lspci -F", layout_facts.lspci_dump(facts)),
-        ("what lspci says of them", lspci or "(there is no lspci here; Debian has it in pciutils)"),
+        ("what lspci says of them", lspci or ABSENT),
     ):
         out.print(Text(title, style="bold"))
         out.print(Text(text), soft_wrap=True)
@@ -377,16 +378,23 @@ def _state(state: dict[str, Any]) -> Table:
     """A header; what is elsewhere than in the first state is marked."""
     columns = ("offset", "bytes", "register", "access", "reset", "moved", "per", "meaning")
     table = _table(f"register header: {state['name']}", *columns, right=["offset", "bytes", "moved"])
-    for field in state["registers"]:
-        keys = ("offset", "width", "name", "access", "reset", "moved", "per", "meaning")
-        table.add_row(
-            *(str(field[key] or "") if key == "per" else str(field[key]) for key in keys), style=_mark(field["moved"])
-        )
+    behind = [field for field in state["registers"] if field["offset"] >= state["config_base"]]
+    for field in state["registers"][: len(state["registers"]) - len(behind)]:
+        _add_register(table, field)
     for start, end in state["gaps"]:
         table.add_row(str(start), str(end - start), "-", "R", "0x0", "", "", "nobody's, reads 0")
     moved = state["config_moved"]
     table.add_row(str(state["config_base"]), "", "device configuration", "", "", moved, style=_mark(moved))
+    for field in behind:
+        _add_register(table, field)
     return table
+
+
+def _add_register(table: Table, field: dict[str, Any]) -> None:
+    keys = ("offset", "width", "name", "access", "reset", "moved", "per", "meaning")
+    table.add_row(
+        *(str(field[key] or "") if key == "per" else str(field[key]) for key in keys), style=_mark(field["moved"])
+    )
 
 
 def _mark(moved: str) -> str:
@@ -397,8 +405,8 @@ def _moves(states: list[dict[str, Any]]) -> Table:
     """Each step from a state to a neighbour."""
     table = _table("what a change of state moves", "from", "to", "what", "was at", "is at", right=["was at", "is at"])
     for step in layout_facts.moves(states):
-        ways = (*step["from"].split(", "), *step["to"].split(", "))
-        change = (step["from"], next(new for old, new in zip(ways[:2], ways[2:], strict=True) if old != new))
+        before, after = step["from"].split(", "), step["to"].split(", ")
+        change = (step["from"], next((word for word in after if word not in before), f"no {before[-1]}"))
         moved = [(name, str(old), str(new)) for name, (old, new) in step["move"].items()]
         came = [(name, "-", str(at)) for name, at in step["appear"].items()]
         gone = [(name, str(at), "-") for name, at in step["disappear"].items()]
@@ -409,7 +417,9 @@ def _moves(states: list[dict[str, Any]]) -> Table:
 
 def _device_config(facts: dict[str, Any], states: dict[str, dict[str, Any]]) -> Table:
     """The model's fields, with their place in BAR0 in each state."""
-    short = {name: f"m={state['msix']:d} h={state['hi']:d}" for name, state in states.items()}
+    short = {
+        name: " ".join((f"m={state['msix']:d} h={state['hi']:d}", *state["also"])) for name, state in states.items()
+    }
     columns = ("field", "bytes", "access", "value", *short.values(), "needs")
     title = "device configuration: its place in BAR0 with MSI-X off and on (m), 32:63 fields absent and there (h)"
     table = _table(title, *columns, right=["bytes", *short.values()])
@@ -432,8 +442,8 @@ def _queues(facts: dict[str, Any]) -> Table:
 _VERDICT_STYLES = {"compatible": "green", "needs a run": "yellow", "breaking": "bold red"}
 
 
-def layout_diff(found: Sequence[Judged]) -> None:
-    """What `vpci layout diff` and `check` have: for each function its changes, and the verdict of each driver."""
+def layout_diff(found: Sequence[Judged], end: str = "") -> None:
+    """What `vpci layout diff` and `check` have: for each function its changes and the verdicts; `end` last."""
     with _stable_console() as out:
         for row in found:
             if not row.difference.changes:
@@ -441,7 +451,11 @@ def layout_diff(found: Sequence[Judged]) -> None:
                 continue
             show(out, _changes(row))
             if row.verdicts:
-                show(out, _verdicts(row))
+                for line in _verdicts(row):
+                    out.print(line, soft_wrap=True)
+                out.print()
+        if end:
+            out.print(Text(end), soft_wrap=True)
 
 
 def _changes(row: Judged) -> Table:
@@ -454,17 +468,20 @@ def _changes(row: Judged) -> Table:
     return table
 
 
-def _verdicts(row: Judged) -> Table:
-    """A line a driver; under a driver that is not compatible, a line for each step of its that shows it."""
-    table = _table(
-        f"{row.difference.function}: what that is for drivers", "driver", "verdict", "because it", "met", "meets"
-    )
+def _verdicts(row: Judged) -> Iterator[Text]:
+    """A line a driver; under one that is not compatible its steps that show it, what they met and what they meet now.
+
+    No table: sources are long, and a line that is broken cannot be searched for.
+    """
+    yield Text(f"{row.difference.function}: what that is for drivers", style="bold")
+    width = max(len(verdict.profile) for verdict in row.verdicts)
     for verdict in row.verdicts:
-        style = _VERDICT_STYLES[verdict.verdict.value]
-        table.add_row(Text(verdict.profile, style="bold"), Text(verdict.verdict.value, style=style))
+        line = Text(f"{verdict.profile:<{width}}  ")
+        yield line.append(verdict.verdict.value, style=_VERDICT_STYLES[verdict.verdict.value])
         for reason in dict.fromkeys(verdict.reasons):
-            table.add_row("", "", *map(Text, (f"{reason.does} [{reason.source}]", reason.old, reason.new)))
-    return table
+            yield Text(f"    {reason.does} [{reason.source}]")
+            yield Text(f"        met    {reason.old}", style="dim")
+            yield Text(f"        meets  {reason.new}", style="dim")
 
 
 def _cell(value: object) -> str:

@@ -17,6 +17,7 @@ from vpci.errors import ConfigError
 from vpci.tools.layout import Facts, state_name
 
 FORM = 1
+STRICT = "strict"
 _HEXADECIMAL = {
     "vendor_id": 4,
     "device_id": 4,
@@ -44,16 +45,33 @@ class Register(_Part, frozen=True):
 
 
 class State(_Part, frozen=True):
-    """The header in one state; device configuration begins at `config_at`."""
+    """The header in one state; device configuration begins at `config_at` and ends at `config_end`.
+
+    `also`: the layout's own conditions that hold. Registers behind device configuration follow in the same list.
+    """
 
     msix: bool
     hi: bool
     config_at: int
     register: tuple[Register, ...]
+    also: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return state_name(self.msix, self.hi)
+        return state_name(self.msix, self.hi, self.also)
+
+    @property
+    def config_end(self) -> int | None:
+        """The first register behind device configuration; None: there is none."""
+        return min((reg.at for reg in self.register if reg.at >= self.config_at), default=None)
+
+
+class Condition(_Part, frozen=True):
+    """A condition of the layout's own: a feature bit that has to be offered, or acked."""
+
+    name: str
+    feature: int
+    gate: str
 
 
 class ConfigField(_Part, frozen=True):
@@ -75,7 +93,7 @@ class Bar(_Part, frozen=True):
 
 
 class Capability(_Part, frozen=True):
-    """A capability in the order of the list; the rest is of MSI-X."""
+    """A capability in the order of the list; `bytes` are those of one that is not MSI-X, the rest is of MSI-X."""
 
     id: int
     at: int
@@ -85,6 +103,7 @@ class Capability(_Part, frozen=True):
     table_offset: int | None = None
     pba_bar: int | None = None
     pba_offset: int | None = None
+    bytes: str = ""
 
 
 class Feature(_Part, frozen=True):
@@ -103,7 +122,7 @@ class Queue(_Part, frozen=True):
 
 
 class Function(_Part, frozen=True):
-    """One configuration's function; `sets` are the --set that were given with it."""
+    """One configuration's function; `sets` are the --set that were given with it, `access` is told if not strict."""
 
     config: str
     model: str
@@ -124,6 +143,8 @@ class Function(_Part, frozen=True):
     device_config: tuple[ConfigField, ...]
     state: tuple[State, ...]
     sets: tuple[str, ...] = ()
+    access: str = ""
+    condition: tuple[Condition, ...] = ()
 
 
 class _File(_Part, frozen=True):
@@ -143,6 +164,8 @@ def of(facts: Facts, sets: Sequence[str] = ()) -> Function:
         layout=facts["layout"]["name"],
         gate=facts["layout"]["gate"],
         sets=tuple(sets),
+        access="" if facts["access"] == STRICT else facts["access"],
+        condition=tuple(Condition(row["name"], row["feature"], row["gate"]) for row in facts["conditions"]),
         bar=tuple(Bar(bar["index"], bar["space"], bar["bytes"]) for bar in facts["bars"]),
         capability=tuple(map(_capability, facts["capabilities"])),
         feature=tuple(Feature(**row) for row in facts["features"]),
@@ -161,7 +184,8 @@ def _config_field(row: Facts) -> ConfigField:
 
 
 def _state(facts: Facts) -> State:
-    return State(facts["msix"], facts["hi"], facts["config_base"], tuple(map(_register, facts["registers"])))
+    registers = tuple(map(_register, facts["registers"]))
+    return State(facts["msix"], facts["hi"], facts["config_base"], registers, tuple(facts["also"]))
 
 
 def _register(field: Facts) -> Register:
@@ -184,9 +208,11 @@ def _body(part: _Part, only: set[str], but: Iterable[str] = ()) -> Iterator[str]
     """Keys with one value first, then lists of rows; states, which are tables of their own, last."""
     names = [name for name in part.__struct_fields__ if (not only or name in only) and name not in but]
     values = {name: getattr(part, name) for name in names}
-    rows = {name: value for name, value in values.items() if isinstance(value, tuple) and name not in ("sets", "state")}
+    plain = ("sets", "also", "state")
+    rows = {name: value for name, value in values.items() if isinstance(value, tuple) and name not in plain}
+    rows = {name: value for name, value in rows.items() if value or name != "condition"}
     for name, value in values.items():
-        if name not in rows and name != "state" and value not in ((), ""):
+        if name not in rows and name not in ("state", "condition") and value not in ((), ""):
             yield f"{name} = {_value(name, value)}"
     for name, parts in rows.items():
         yield from _rows(name, parts)

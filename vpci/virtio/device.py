@@ -78,9 +78,8 @@ class Device:
 
     @property
     def identity(self) -> Identity:
-        """The model's, with the layout's revision if it has one."""
-        found, revision = self.model.identity, self.layout.function.revision
-        return found if revision is None else found._replace(revision=revision)
+        """The model's, with what the layout says of it."""
+        return self.model.identity._replace(**self.layout.function.ids)
 
     @property
     def G(self) -> int:
@@ -96,13 +95,15 @@ class Device:
     def resolved(self) -> Resolved:
         """The register map of this moment."""
         msix = "msix" in self.dialect.conditions and self.msix_enabled
-        return self.layout.resolve(msix, self.hi_present, self.settings.hi_place)
+        also = self.layout.holding(self.features.offered, self.G)
+        return self.layout.resolve(msix, self.hi_present, self.settings.hi_place, also, self.model.config_size)
 
     @property
     def kick_is_fixed(self) -> bool:
         """Whether queue_notify stays where it is, whatever MSI-X and the high words do: an eventfd may stand for it."""
-        states = [(msix, hi) for msix in (False, True) for hi in (False, True)]
-        fields = [self.layout.resolve(*state, self.settings.hi_place).by_name.get("queue_notify") for state in states]
+        place, size = self.settings.hi_place, self.model.config_size
+        maps = [self.layout.resolve(msix, hi, place, also, size) for msix, hi, also in self.layout.states()]
+        fields = [resolved.by_name.get("queue_notify") for resolved in maps]
         return fields[0] is not None and len({(field.offset, field.width) for field in fields if field}) == 1
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -128,19 +129,20 @@ class Device:
     def _make_rows(self) -> Iterator[HotRow]:
         resolved = self.resolved
         config = self.model.config_bytes()
-        end = resolved.config_base + len(config)
         for field in resolved.fields:
             yield self._field_row(field)
         for start, stop in resolved.gaps:
             yield HotRow(start, stop - start, "value", "python", bytes(stop - start))
         if config:
             yield HotRow(resolved.config_base, len(config), "value", "python", config)
-        if end < self.bar_size:
+        if (end := resolved.end) < self.bar_size:
             yield HotRow(end, self.bar_size - end, "value", "python", b"\xff" * (self.bar_size - end))
 
     def _field_row(self, field: Field) -> HotRow:
         value = self._value(field).to_bytes(field.width, "little")
-        read, write = _HOT_READS.get(field.name, "value"), _HOT_WRITES.get(field.name, "python")
+        read, write = _HOT_READS.get(field.name, "value"), "python"
+        if field.access.writable:
+            write = _HOT_WRITES.get(field.name, write)
         return HotRow(field.offset, field.width, read, write, value)
 
     def _value(self, field: Field) -> int:
@@ -165,14 +167,17 @@ class Device:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def bar_write(self, off: int, data: bytes, fx: Effects) -> None:
-        """A guest's write at BAR offset `off`; a span over header and configuration is split at config_base."""
+        """A guest's write at BAR offset `off`; a span is split where configuration begins and where it ends."""
         resolved = self.resolved
-        head = data[: max(0, resolved.config_base - off)]
-        tail = data[len(head) :]
+        base, behind = resolved.config_base, resolved.config_base + self.model.config_size
+        head, rest = data[: max(0, base - off)], data[max(0, behind - off) :]
+        config = data[len(head) : len(data) - len(rest)]
         if head:
             self._header_write(resolved, off, head, fx)
-        if tail:
-            self._config_write(max(0, off - resolved.config_base), tail)
+        if config:
+            self.model.config_write(max(0, off - base), config)
+        if rest and max(off, behind) < resolved.end:
+            self._header_write(resolved, max(off, behind), rest, fx)
         self.generation += 1
 
     def _header_write(self, resolved: Resolved, off: int, data: bytes, fx: Effects) -> None:
@@ -194,11 +199,6 @@ class Device:
             write(self, value, fx)
         else:
             self._stored[self._place(field)] = value
-
-    def _config_write(self, off: int, data: bytes) -> None:
-        inside = data[: max(0, self.model.config_size - off)]
-        if inside:
-            self.model.config_write(off, inside)
 
     # -- what the rest of vpci does to a device ---------------------------------------------------------------------
 
@@ -356,4 +356,4 @@ _WRITES: dict[str, Callable[[Device, int, Effects], None]] = {
 
 def _bar_size(layout: Layout, dialect: Dialect, settings: DeviceSettings, config_size: int) -> int:
     """Enough for the dialect's largest header and the configuration; it never changes."""
-    return layout.bar0_size(layout.header_size(dialect.conditions, settings.hi_place) + config_size)
+    return layout.bar0_size(layout.size(dialect.conditions, settings.hi_place, config_size))
