@@ -106,6 +106,21 @@ def wait_in(guest: Guest, claim: str) -> None:
     guest.check(f"i=0; until {claim}; do i=$((i+1)); [ $i -lt 1000 ] || exit 1; usleep 10000; done")
 
 
+def wait_for_console(path: str | Path) -> None:
+    """Until the driver of several ports has said all that it says at its start: port 0 is open, which comes last.
+
+    A virtio_console that is unbound while it waits for a control message to be used frees that message, which is a part
+    of something else, and oopses: virtcons_remove breaks the queue, and then frees what is left in it.
+    """
+    deadline = time.monotonic() + DEADLINE_S
+    while not (ask(str(path), "ports")["ports"][0]["guest_open"] and is_idle(ask(str(path), "state")["rings"][3])):
+        assert time.monotonic() < deadline
+
+
+def is_idle(ring: dict[str, int]) -> bool:
+    return ring["avail_idx"] == ring["published"] and not ring["in_flight"]
+
+
 def port_of(guest: Guest, name: str) -> str:
     """The device of a port by its name."""
     wait_in(guest, f"grep -qx {name} /sys/class/virtio-ports/*/name")
