@@ -27,7 +27,7 @@ port = [{name = "org.vpci.data", path = "data.sock"}, {name = "org.vpci.log", ba
 """
 DEADLINE_S = 60
 MIB = 1 << 20
-BOTH = [("6.1", "msix", 64), ("sid", "intx", 16)]
+BOTH = [("6.1", "msix", 64), ("sid", "intx", 64)]
 REST = [("6.1", "intx"), ("sid", "msix")]
 
 

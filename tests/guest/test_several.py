@@ -140,6 +140,14 @@ class Task(threading.Thread):
             raise self._error
 
 
+#: What is asked of the devices under load, in a round.
+ASKED = [
+    *[("blk", "state"), ("blk", "resize", "96M"), ("blk", "resize", "64M"), ("net", "state"), ("net", "filter")],
+    *[("net", "announce"), ("console", "ports"), ("console", "state"), ("console", "resize", "100", "40")],
+    *[("console", "port-add", "org.vpci.more", "ring", "-"), ("console", "port-remove", "3")],
+]
+
+
 class Listener(Output):
     """Keeps what the servers tell."""
 
@@ -248,6 +256,27 @@ def test_all_are_used_at_the_same_time(together: Together) -> None:
     assert states["blk"]["engine"]["backend_errors"] == 0
     assert states["net"]["engine"]["rx_frames"] >= 2 * PINGS
     assert states["console"]["engine"]["port1_from_guest"] == CONSOLE_MIB * MIB
+
+
+def test_the_control_sockets_are_answered_under_load(together: Together) -> None:
+    """States are told and things are changed, all the time, and nobody's bytes suffer."""
+    over, rounds = threading.Event(), []
+
+    def ask_all() -> None:
+        while not over.is_set():
+            rounds.append([together.ask(*words) for words in ASKED])
+
+    asking = Task(ask_all)
+    try:
+        together.load(*MODELS)
+    finally:
+        over.set()
+        asking.result()
+    assert rounds
+    state = dict(zip(ASKED, rounds[-1], strict=True))["blk", "state"]
+    assert {"avail_idx", "last_avail", "published", "in_flight", "no_notify", "remote"} <= state["rings"][0].keys()
+    sectors = int(together.guest.check("cat /sys/block/vda/size").text)
+    assert sectors == 64 * 2048
 
 
 @pytest.mark.parametrize("victim", MODELS)

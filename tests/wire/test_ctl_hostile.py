@@ -30,7 +30,7 @@ SECTIONS = {"blk": 'backend = "ram"\nsize = "1M"', "net": 'backend = "loop"', "c
 #: What an honest client may ask of each, beside `state` and `help`.
 ASKED = {
     "blk": [("resize", "2M"), ("resize", "1M"), ("reopen",)],
-    "net": [("link", "down"), ("link", "up"), ("announce",), ("reopen",)],
+    "net": [("link", "down"), ("link", "up"), ("announce",), ("reopen",), ("filter",)],
     "console": [
         *[("resize", "100", "50"), ("ports",), ("port-add", "more", "ring", "-"), ("port-remove", "1")],
         *[("reopen", "0"), ("port-resize", "0", "80", "25"), ("output", "0"), ("terminal-add", "t", "ring", "-")],

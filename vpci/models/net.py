@@ -400,12 +400,28 @@ class NetModel(Model):
             self._host.wake()
         return self._told()
 
+    def filter(self) -> Mapping[str, object]:
+        """What the driver has set of what comes in, and where it is heard of; modes by their names in the paper."""
+        with self._lock:
+            modes = {**self.modes, **{name: True for name, overflow in self.overflow.items() if overflow}}
+            vlans = [vlan for vlan in range(net.MAX_VLAN + 1) if self.vlans[vlan // 8] >> vlan % 8 & 1]
+            return {
+                "mac": _mac_text(self.mac),
+                "modes": [name.upper() for name, on in modes.items() if on],
+                "unicast": _mac_texts(self.unicast),
+                "multicast": _mac_texts(self.multicast),
+                "vlans": vlans if self._has(net.F_CTRL_VLAN) else "all",
+                "pairs": self.pairs,
+                **self._told(),
+            }
+
     def _told(self) -> Mapping[str, object]:
         return {"link": self.link, "carrier": self.carrier, "announce": self._announce}
 
     operations = {
         "link": Operation("take the link up or down; the driver is told", ("UP|DOWN",), set_link),
         "reopen": Operation("open a backend that went away anew", (), reopen),
+        "filter": Operation("what the driver set: its address, receive modes, tables, VLANs, pairs", (), filter),
         "announce": Operation("ask the driver to tell its neighbours where it is", (), announce),
     }
 
@@ -475,6 +491,14 @@ def _parse_mac(text: str) -> bytes:
     if mac[0] & 1:
         raise ConfigError("", "net.mac", text, "six bytes in hexadecimal such as 52:54:00:12:34:56, of one station")
     return mac
+
+
+def _mac_text(mac: bytes) -> str:
+    return mac.hex(":")
+
+
+def _mac_texts(macs: bytes) -> list[str]:
+    return [_mac_text(macs[at : at + net.MAC_SIZE]) for at in range(0, len(macs), net.MAC_SIZE)]
 
 
 __all__ = ["NetModel", "NetSection", "open_wire"]
