@@ -158,6 +158,9 @@ class Listener(Output):
     def report(self, report: Report) -> None:
         self.reports.append(report)
 
+    def count(self, event: str) -> int:
+        return sum(report.event == event for report in self.reports)
+
 
 class Together:
     """The guest, its three servers, and their other ends."""
@@ -294,11 +297,13 @@ def test_a_reset_of_one_is_not_noticed_by_the_others(together: Together, victim:
 
 
 def test_a_wire_that_is_cut_takes_down_the_link_alone(together: Together) -> None:
+    told = together.told.count("carrier")
     together.neighbour.cut()
     together.wait_carrier(False)
     together.load("blk", "console")
     together.neighbour = Neighbour(together.folder / "wire.sock")
     together.wait_carrier(True)
+    assert together.told.count("carrier") == told + 2
     together.load(*MODELS)
 
 
@@ -314,7 +319,7 @@ def test_a_disk_that_is_full_is_an_error_of_the_disk_alone(together: Together) -
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     after = together.ask("blk", "state")["engine"]
     assert after["backend_errors"] > before["backend_errors"] + 1
-    assert [report.event for report in together.told.reports] == ["client"] * 3 + ["backend_error"]
+    assert together.told.count("backend_error") == 1
     together.ask("blk", "reopen")
     together.load(*MODELS)
 

@@ -233,5 +233,6 @@ def test_an_interface_that_is_deleted_takes_the_link_down_until_it_is_opened_aga
     assert rig.stats()["tx_no_link"] == 1
     rig.model.reopen()
     assert rig.device.wait_until(lambda: rig.status() == 1, WAIT_S)
+    assert [report.facts["there"] for report in rig.reports if report.event == "carrier"] == [True, False, True]
     host.close()
     exchange(rig, host.up())

@@ -219,6 +219,20 @@ def test_a_peer_that_goes_in_the_middle_of_a_frame_leaves_nothing_to_the_next(wi
     again.close()
 
 
+def test_a_peer_that_comes_and_goes_is_told_each_time(wired):
+    rig, end = wired()
+
+    def told() -> list[bool]:
+        return [report.facts["there"] for report in rig.reports if report.event == "carrier"]
+
+    assert told() == [True]
+    end.close()
+    assert rig.device.wait_until(lambda: told() == [True, False], WAIT_S)
+    again = StreamEnd.connected(Path(rig.model.wire.path))
+    assert rig.device.wait_until(lambda: told() == [True, False, True], WAIT_S)
+    again.close()
+
+
 def test_a_second_peer_is_hung_up_on(wired):
     rig, end = wired()
     second = StreamEnd.connected(Path(rig.model.wire.path))

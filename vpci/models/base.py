@@ -115,6 +115,8 @@ class Model:
         self.max_sg = max_sg
         self.offered = 0
         self._written: dict[int, int] = {}  # configuration bytes that the guest wrote
+        #: An event for whoever runs the device: its name, a line for people, its facts. The server sets it; any thread.
+        self.tell: Callable[[str, str, dict[str, Any]], None] = lambda event, text, facts: None
 
     @property
     def features(self) -> int:

@@ -6,7 +6,6 @@ control socket set_link and its like. The lock guards what they share, and nothi
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import secrets
@@ -27,8 +26,6 @@ from vpci.models.base import Chain, Host, Identity, Model, Operation, QueueSpec
 from vpci.models.net_engine import NetEngine
 from vpci.spec import net
 from vpci.spec.features import ANY_LAYOUT, word_of
-
-log = logging.getLogger(__name__)
 
 CONTROL_QUEUE_SIZE = 64
 TABLE = 64  # addresses of each kind that the filter holds; with more, all of the kind pass
@@ -269,7 +266,7 @@ class NetModel(Model):
         assert self._engine is not None
         carrier = self.wire.kind in _ALWAYS_THERE or self._engine.is_plugged(0)
         if carrier != self.carrier:
-            log.info("net: the backend is %s", "there" if carrier else "gone")
+            self.tell("carrier", _CARRIER[carrier], {"there": carrier})
             with self._lock:
                 self.carrier = carrier
                 self._greet()
@@ -439,6 +436,7 @@ _COMMANDS: Mapping[tuple[int, ...], tuple[int, _Handler]] = {
     (net.GUEST_OFFLOADS, net.GUEST_OFFLOADS_SET): (net.F_CTRL_GUEST_OFFLOADS, NetModel._set_offloads),
 }
 
+_CARRIER = {True: "the other end of the wire is there: the link is up", False: "the other end of the wire is gone"}
 #: Wires that have no other end to be missing.
 _ALWAYS_THERE = {NullWire.kind, LoopWire.kind, DatagramWire.kind}
 

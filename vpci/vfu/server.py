@@ -38,7 +38,7 @@ _ROW_BYTES = 8
 class Server:
     """Serves one function on one socket, to one client at a time.
 
-    `report` is called with every Report, from the device's own thread. From listen() on clients can connect, from
+    `report` is called with every Report, from the device's own threads. From listen() on clients can connect, from
     start() on they are served.
     """
 
@@ -54,6 +54,7 @@ class Server:
         self.function, self.device, self.model = function, device, model
         self.path = os.path.abspath(path)
         self.report = report
+        model.tell = lambda event, text, facts: self._tell(Report(event, text, facts))
         self.session = Session(function)
         self.engine = engine_of(model)
         self._lock = threading.RLock()  # answers and posts reach the pump in the order in which the state changed
