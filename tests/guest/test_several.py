@@ -345,6 +345,18 @@ def test_a_host_that_leaves_its_port_and_comes_back_holds_up_that_port_alone(tog
     together.load(*MODELS)
 
 
+def test_the_guest_reboots_and_finds_all_of_them_again(together: Together) -> None:
+    """In the middle of work: the disk is written, pings fly, a port is open."""
+    port = port_of(together.guest, "org.vpci.data")
+    busy = f"(while :; do dd if=/dev/zero of=/dev/vda bs=1M count=8; done) & ping -A 10.7.0.9 & cat {port} &"
+    for _ in range(2):
+        together.guest.check(f"({busy}) > /dev/null 2>&1")
+        together.guest.reboot()
+        together.guest.check(together.up())
+        together.wait_carrier(True)
+    together.load(*MODELS)
+
+
 def test_a_server_that_ends_takes_its_own_device_alone(together: Together) -> None:
     """The last test of this guest: QEMU loses one client connection, and the other devices go on."""
     server = together.servers["net"]
