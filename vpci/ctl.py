@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import logging
-import os
 import socket
 import struct
 import threading
@@ -21,7 +20,7 @@ from typing import Any
 from vpci.errors import BackendError, ConfigError, VpciError
 from vpci.models.base import Operation
 from vpci.vfu.server import Server
-from vpci.vfu.transport import listen
+from vpci.vfu.transport import give_back, listen
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class Ctl:
         self._listener.shutdown(socket.SHUT_RDWR)  # accept() returns
         self._thread.join()
         self._listener.close()
-        os.unlink(self.path)
+        give_back(self.path)
         with self._changed:
             clients = dict(self._clients)
         for client, thread in clients.items():

@@ -137,6 +137,26 @@ def test_the_samples_are_served_together_to_a_user_without_rights_in_an_empty_fo
     assert os.listdir(tmp_path) == ["disk.img"]
 
 
+def test_a_stop_drains_and_flushes_although_somebody_deleted_every_socket(tmp_path):
+    """As a tidy person does, or a boot script that empties /run; the disk's writes are worth more than the paths."""
+    more = ["net:net.backend=stream", "net:net.path=wire.sock", "console:console.backend=socket"]
+    process = serve(tmp_path, *SAMPLES, *(word for text in more for word in ("--set", text)))
+    try:
+        read_events(process, "listening", 3)
+        for name in os.listdir(tmp_path):
+            if name != "disk.img":
+                (tmp_path / name).unlink()
+        process.send_signal(signal.SIGTERM)
+        stopped = read_events(process, "stopped", 3)
+        assert all(event["drained"] for event in stopped)
+        assert process.wait(WAIT_S) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -6,6 +6,7 @@ moves frames on and closes. It waits for nothing: its thread is the model's, whi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -95,7 +96,7 @@ class DatagramWire(NullWire):
     def close(self) -> None:
         if self._socket:
             self._socket.close()
-        os.unlink(self.path)
+        _unlink(self.path)
 
 
 class StreamWire(NullWire):
@@ -110,6 +111,7 @@ class StreamWire(NullWire):
         if path:
             self._listener = bound(self.path, socket.SOCK_STREAM)
             self._listener.listen(1)
+            self._spare = _spare()
         self.refused = 0
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:
@@ -124,6 +126,9 @@ class StreamWire(NullWire):
             peer, _ = self._listener.accept()
         except BlockingIOError:
             return
+        except OSError:
+            self._hang_up()
+            return
         if self._is_plugged(0):
             self.refused += 1
             peer.close()
@@ -131,10 +136,22 @@ class StreamWire(NullWire):
             peer.setblocking(False)
             self._plug(0, peer.detach())
 
+    def _hang_up(self) -> None:
+        """For want of a descriptor: a peer that is left waiting would be told of again and again without a pause."""
+        assert self._listener is not None
+        _close(self._spare)
+        with contextlib.suppress(OSError):  # another thread has the descriptor now
+            self._listener.accept()[0].close()
+            self.refused += 1
+        self._spare = _spare()
+
     def turn(self) -> float | None:
         if not self._to or self._is_plugged(0):
             return None
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        except OSError:  # no descriptor for it now
+            return RETRY_S
         if peer.connect_ex(self._to):
             peer.close()
             return RETRY_S
@@ -144,7 +161,8 @@ class StreamWire(NullWire):
     def close(self) -> None:
         if self._listener:
             self._listener.close()
-            os.unlink(self.path)
+            _close(self._spare)
+            _unlink(self.path)
 
 
 def bound(path: str, kind: int) -> socket.socket:
@@ -164,6 +182,24 @@ def bound(path: str, kind: int) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def _spare() -> int:
+    """A descriptor to be given up when there is no other; -1 when there is none for this either."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+        os.unlink(path)
 
 
 def _remove_stale(path: str, kind: int) -> None:
