@@ -307,12 +307,15 @@ _BARE_WORD = re.compile(r"[\w./~@:+-]*[A-Za-z/][\w./~@:+-]*")
 _LOOKS_LIKE_A_VALUE = {"true", "false", "yes", "no", "on", "off", "none", "null", "nil", "nan", "inf"}
 
 
+_SET_FORM = "SECTION.KEY=VALUE, for example pci.msix_vectors=0; with several files also MODEL:SECTION.KEY=VALUE"
+
+
 def _apply(raw: dict[str, Any], text: str) -> tuple[str, str]:
     """Put one --set into the raw configuration; (its key, its text)."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not _KEY.fullmatch(key):
-        raise ConfigError("--set", key, text, "SECTION.KEY=VALUE, for example pci.msix_vectors=0")
+        raise ConfigError("--set", key, text, _SET_FORM)
     section, name = key.split(".")
     table = raw.setdefault(section, {})
     if isinstance(table, dict):  # else the section's own check tells

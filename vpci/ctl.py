@@ -7,18 +7,19 @@ below, and the model's own. Each client has a thread; whatever it does, or does 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
-import os
 import socket
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vpci.errors import BackendError, ConfigError, VpciError
 from vpci.models.base import Operation
-from vpci.sockets import listen
+from vpci.sockets import give_back, listen
 from vpci.vfu.server import Server
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ MAX_CLIENTS = 8
 MAX_LINE = 65536
 #: A client that is silent, or does not read, for so long is left alone.
 IDLE_S = 60.0
+#: After an error of accept(), for want of descriptors, say.
+RETRY_S = 1.0
 
 
 class Ctl:
@@ -40,6 +43,7 @@ class Ctl:
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._changed = threading.Lock()  # of _clients
         self._listener: socket.socket | None = None
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._accept_all, name="vpci-ctl", daemon=True)
 
     def start(self) -> None:
@@ -53,10 +57,11 @@ class Ctl:
         """Let every client go and give the path back; an operation under way comes to its end."""
         if self._listener is None:
             return
+        self._closing.set()
         self._listener.shutdown(socket.SHUT_RDWR)  # accept() returns
         self._thread.join()
         self._listener.close()
-        os.unlink(self.path)
+        give_back(self.path)
         with self._changed:
             clients = dict(self._clients)
         for client, thread in clients.items():
@@ -68,26 +73,32 @@ class Ctl:
 
     def _accept_all(self) -> None:
         assert self._listener is not None
-        while True:
+        failed = False
+        while not self._closing.is_set():
             try:
                 client, _ = self._listener.accept()
-            except OSError as error:
-                if error.errno == errno.EINVAL:  # close()
-                    return
-                log.warning("control socket %s: %s", self.path, error)
-                continue
-            self._accept(client)
+                self._accept(client)
+            except (OSError, RuntimeError) as error:  # no descriptor, or no thread, for one more
+                if not failed and not self._closing.is_set():
+                    log.warning("control socket %s: %s; trying again every second", self.path, error)
+                failed = True
+                self._closing.wait(RETRY_S)
+            else:
+                failed = False
 
     def _accept(self, client: socket.socket) -> None:
         client.settimeout(IDLE_S)
         with self._changed:
             if len(self._clients) >= MAX_CLIENTS:
-                _send(client, _failed(f"{MAX_CLIENTS} clients are here already; try again when one has gone"))
-                client.close()
+                _refuse(client)
                 return
             thread = threading.Thread(target=self._serve, args=(client,), name="vpci-ctl-client", daemon=True)
+            try:
+                thread.start()  # it leaves _clients only with the lock, so it cannot be faster than the next line
+            except RuntimeError:
+                client.close()
+                raise
             self._clients[client] = thread
-        thread.start()
 
     def _serve(self, client: socket.socket) -> None:
         try:
@@ -186,6 +197,11 @@ def _lines(client: socket.socket) -> Iterator[bytes | None]:
             return
 
 
+def _refuse(client: socket.socket) -> None:
+    with client, contextlib.suppress(OSError):  # it may be gone already
+        _send(client, _failed(f"{MAX_CLIENTS} clients are here already; try again when one has gone"))
+
+
 def _send(client: socket.socket, reply: Mapping[str, Any]) -> None:
     client.sendall(json.dumps(reply).encode() + b"\n")
 
@@ -209,9 +225,11 @@ def ask(path: str, name: str, args: Sequence[str | int] = (), timeout: float = 6
     """Ask the device whose socket, or control socket, is at `path`. BackendError when nobody answers, or it fails."""
     path = path if path.endswith(SUFFIX) else path + SUFFIX
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.settimeout(timeout)
+        # a socket of Python's with a timeout would not wait for a place in the queue of those that want to connect
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout), 0))
         try:
             peer.connect(path)
+            peer.settimeout(timeout)
             _send(peer, {"op": name, "args": list(args)})
             line = peer.makefile("rb").readline()
         except OSError as error:

@@ -55,8 +55,9 @@ def listen(path: str) -> socket.socket:
 
 def give_back(path: str) -> None:
     """Remove the socket at `path`, if there still is one."""
-    if os.path.lexists(path) and _is_socket(path):
-        os.unlink(path)
+    with contextlib.suppress(FileNotFoundError):  # somebody else may be faster
+        if _is_socket(path):
+            os.unlink(path)
 
 
 def _remove_stale(path: str, kind: int) -> None:

@@ -1,7 +1,8 @@
-"""A disk on a block device of the host: a loop device, where this process may make one."""
+"""A disk on what only root can make: a loop device, which may lose its medium, and a file system that is full."""
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -12,6 +13,8 @@ from vpci.ctl import Ctl, ask
 from vpci.errors import BackendError
 
 MIB = 1 << 20
+IN, OUT = 0, 1
+IOERR = 1
 
 
 @pytest.fixture
@@ -54,3 +57,51 @@ def test_a_block_device_is_written_discarded_zeroed_and_found_larger(make_disk, 
     rig.driver.flush()
     rig.close()
     assert image.read_bytes()[-512:] == b"\2" * 512
+
+
+def test_a_device_that_loses_its_medium_costs_ioerrs_until_it_is_back(make_disk, loop):
+    """The kernel says EIO for what the file behind the device has no more. Said once; other sectors go on."""
+    device, image = loop
+    rig = make_disk("blk.backend='file'", f"blk.path='{device}'", "blk.direct=true", "blk.size=4M")
+    Ctl(rig.server).start()
+    os.truncate(image, MIB)
+    for _ in range(5):
+        assert rig.driver.request(IN, 4096, in_size=4096).status == IOERR
+    assert rig.wait_event("backend_error").facts["errno"] == errno.EIO
+    rig.driver.write(0, b"\x11" * 4096)
+    os.truncate(image, 4 * MIB)
+    assert ask(rig.server.path, "reopen")["sectors"] == 8192
+    assert rig.driver.read(4096, 8) == bytes(4096)
+    assert rig.stats()["backend_errors"] == 5
+    assert len(rig.events("backend_error")) == 1
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 1 MiB, in memory."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no file system of our own: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_file_system_that_is_full_costs_ioerrs_until_there_is_room(make_disk, small):
+    """Nothing that was durable is lost by it, so nothing has to be opened anew."""
+    rig = make_disk("blk.backend='file'", f"blk.path='{small / 'disk.img'}'", "blk.size=4M")
+    (small / "other").write_bytes(bytes(MIB // 2))
+    statuses = [rig.driver.request(OUT, sector, b"\x22" * 65536).status for sector in range(0, 2048, 128)]
+    assert statuses.index(IOERR) * 65536 <= MIB // 2
+    assert rig.wait_event("backend_error").facts["errno"] == errno.ENOSPC
+    rig.driver.flush()
+    (small / "other").unlink()
+    for sector in range(0, 1024, 128):
+        rig.driver.write(sector, b"\x33" * 65536)
+    rig.driver.flush()
+    assert rig.driver.read(0, 1024) == b"\x33" * (512 << 10)
+    assert len(rig.events("backend_error")) == 1
+    assert rig.stats()["backend_errors"] == statuses.count(IOERR)

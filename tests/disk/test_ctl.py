@@ -15,6 +15,7 @@ import pytest
 from vpci.cli import main
 from vpci.ctl import MAX_CLIENTS, MAX_LINE, Ctl, ask
 from vpci.errors import BackendError
+from vpci.spec.blk import T_OUT
 
 WAIT_S = 10
 
@@ -231,3 +232,32 @@ def test_serve_has_the_socket_before_it_says_that_it_listens(serve):
     assert ask(str(server.path), "state")["server"]["clients"] == 0
     assert server.stop() == 0
     assert not Path(f"{server.path}.ctl").exists()
+
+
+def test_while_a_reset_drains_the_state_is_told_and_a_change_is_refused_in_time(ctl, rig, monkeypatch):
+    """A write hangs in the backend, the driver resets: both wait, and whoever asks is answered."""
+    monkeypatch.setattr("vpci.models.engine.PAUSE_MS", 50)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hang(call: object) -> None:
+        begun.set()
+        assert go_on.wait(WAIT_S)
+
+    rig.disk.on_call = hang
+    rig.driver.submit(T_OUT, 0, bytes(512))
+    rig.driver.queue.kick()
+    assert begun.wait(WAIT_S)
+    resetting = threading.Thread(target=rig.device.reset)
+    resetting.start()
+    try:
+        while ask(ctl.path, "state")["status"]:  # the write of status = 0 has reached Python
+            pass
+        assert ask(ctl.path, "state")["rings"][0]["in_flight"] == 1
+        for operation in (["resize", "2M"], ["reopen"]):
+            with pytest.raises(BackendError, match="nothing was changed"):
+                ask(ctl.path, operation[0], operation[1:])
+        assert resetting.is_alive()
+    finally:
+        go_on.set()
+        resetting.join()
+    assert ask(ctl.path, "resize", ["2M"])["sectors"] == 4096

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from vpci.driver import BlkDriver, Device, Memory
 from vpci.vfu.client import Client
 
 WAIT_S = 20
+CONFIGS = Path(__file__).parents[2] / "configs"
+SAMPLES = [str(CONFIGS / f"{model}.toml") for model in ("blk", "net", "console")]
+NOBODY = 65534
 
 
 def write_configs(folder: Path, n: int) -> list[str]:
@@ -30,8 +34,9 @@ def write_configs(folder: Path, n: int) -> list[str]:
     return paths
 
 
-def serve(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-m", "vpci", "serve", *arguments, "--json"]
+def serve(folder: Path, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """`before`: words that start the command with fewer rights."""
+    command = [*before, sys.executable, "-P", "-m", "vpci", "serve", *arguments, "--json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment(), **pipes)  # type: ignore[call-overload,no-any-return]
 
@@ -94,5 +99,78 @@ def test_when_one_cannot_be_served_none_is_and_nothing_stays(tmp_path, more, wor
     process = serve(tmp_path, *write_configs(tmp_path, 2), *more)
     _, said = process.communicate(timeout=WAIT_S)
     assert process.returncode in (1, 2)
+    assert all(word in said for word in words), said
+    assert not [name for name in os.listdir(tmp_path) if ".sock" in name]
+
+
+def as_nobody() -> list[str]:
+    """The words that make a command a user's without rights: as root another user, who may read where Python is."""
+    if os.geteuid():
+        return []
+    caps = "-all,+dac_read_search"
+    words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    return [*words, f"--bounding-set={caps}", f"--inh-caps={caps}", f"--ambient-caps={caps}"]
+
+
+def test_the_samples_are_served_together_to_a_user_without_rights_in_an_empty_folder(tmp_path):
+    """Nothing is prepared, and nothing stays but the disk's image."""
+    if not os.geteuid():
+        os.chown(tmp_path, NOBODY, NOBODY)
+    process = serve(tmp_path, *SAMPLES, before=as_nobody())
+    try:
+        told = read_events(process, "listening", 3)
+        assert [(event["model"], Path(str(event["socket"])).name) for event in told] == [
+            ("blk", "blk.sock"), ("net", "net.sock"), ("console", "console.sock"),
+        ]  # fmt: skip
+        assert Path(f"/proc/{process.pid}").stat().st_uid == (os.geteuid() or NOBODY)
+        for event in told:
+            operations = ask(str(event["socket"]), "help")
+            assert operations.keys() >= {"state", "reopen"}
+            assert ask(str(event["socket"]), "state")["status"] == []
+        assert (tmp_path / "console.pty").is_symlink()
+        process.send_signal(signal.SIGINT)
+        assert len(read_events(process, "stopped", 3)) == 3
+        assert process.wait(WAIT_S) == 0
+    finally:
+        process.kill()
+        process.communicate()
+    assert os.listdir(tmp_path) == ["disk.img"]
+
+
+def test_a_stop_drains_and_flushes_although_somebody_deleted_every_socket(tmp_path):
+    """As a tidy person does, or a boot script that empties /run; the disk's writes are worth more than the paths."""
+    more = ["net:net.backend=stream", "net:net.path=wire.sock", "console:console.backend=socket"]
+    process = serve(tmp_path, *SAMPLES, *(word for text in more for word in ("--set", text)))
+    try:
+        read_events(process, "listening", 3)
+        for name in os.listdir(tmp_path):
+            if name != "disk.img":
+                (tmp_path / name).unlink()
+        process.send_signal(signal.SIGTERM)
+        stopped = read_events(process, "stopped", 3)
+        assert all(event["drained"] for event in stopped)
+        assert process.wait(WAIT_S) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("disk:blk.size=2M", ["disk:blk.size=2M", "'disk'", "blk, net, console"]),
+        ("net:blk.size=2M", ["net.toml", "blk"]),
+        ("net:net.mtu=9", ["--set", "net.mtu", "68"]),
+        ("net.mtu=1500", ["blk.toml", "net"]),
+        ("net:mtu=1500", ["net:mtu=1500", "MODEL:SECTION.KEY=VALUE"]),
+        ("net:", ["MODEL:SECTION.KEY=VALUE"]),
+    ],
+)
+def test_a_set_that_is_for_no_model_of_the_files_is_named_and_none_is_served(tmp_path, given, words):
+    process = serve(tmp_path, *SAMPLES, "--set", given)
+    _, said = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2
     assert all(word in said for word in words), said
     assert not [name for name in os.listdir(tmp_path) if ".sock" in name]

@@ -19,6 +19,7 @@ from vpci.guest import ensure_kernel, ensure_qemu
 from vpci.guest.initramfs import build
 from vpci.guest.qemu import environment as qemu_environment
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "64M"\n'
 
 
@@ -68,6 +69,25 @@ def test_a_command_in_the_guest_gives_its_output_and_status(config: Path, tmp_pa
     done = vpci("guest", str(config), "--run", "cat /sys/block/vda/size; exit 7", cwd=tmp_path)
     assert done.stdout == f"{64 * 2048}\n"
     assert done.returncode == 7
+
+
+def test_one_guest_has_a_disk_a_network_and_a_console(tmp_path: Path) -> None:
+    """The samples as they are, in an empty folder."""
+    configs = [str(CONFIGS / f"{model}.toml") for model in ("blk", "net", "console")]
+    look = "cat /sys/block/vda/serial; echo; cat /sys/class/net/eth0/address; until [ -c /dev/hvc0 ]; do usleep 10000; done"
+    sets = ["--set", "blk:blk.serial='mine'", "--set", "net:net.mac='52:54:00:00:00:42'"]
+    done = vpci("guest", *configs, *sets, "--json", "--run", look, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    ran = next(event for event in events if event["event"] == "ran")
+    assert ran["output"].split() == ["mine", "52:54:00:00:00:42"]
+    assert ["DRIVER_OK" in state["status"] for state in ran["states"]] == [True] * 3
+    sockets = {model: str(tmp_path / f"{model}.sock") for model in ("blk", "net", "console")}
+    assert {event["socket"] for event in events if event["event"] == "client"} == set(sockets.values())
+    assert {event["socket"] for event in events if event["event"] == "stopped" and event["drained"]} == set(
+        sockets.values()
+    )
+    assert os.listdir(tmp_path) == ["disk.img"]
 
 
 def test_a_guest_without_anything_to_do_is_refused_before_it_boots(config: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ port = [{name = "org.vpci.data", path = "data.sock"}, {name = "org.vpci.log", ba
 """
 DEADLINE_S = 60
 MIB = 1 << 20
-BOTH = [("6.1", "msix", 64), ("sid", "intx", 16)]
+BOTH = [("6.1", "msix", 64), ("sid", "intx", 64)]
 REST = [("6.1", "intx"), ("sid", "msix")]
 
 
@@ -104,6 +104,21 @@ def connected(path: Path) -> socket.socket:
 def wait_in(guest: Guest, claim: str) -> None:
     """Until a shell's condition holds in the guest."""
     guest.check(f"i=0; until {claim}; do i=$((i+1)); [ $i -lt 1000 ] || exit 1; usleep 10000; done")
+
+
+def wait_for_console(path: str | Path) -> None:
+    """Until the driver of several ports has said all that it says at its start: port 0 is open, which comes last.
+
+    A virtio_console that is unbound while it waits for a control message to be used frees that message, which is a part
+    of something else, and oopses: virtcons_remove breaks the queue, and then frees what is left in it.
+    """
+    deadline = time.monotonic() + DEADLINE_S
+    while not (ask(str(path), "ports")["ports"][0]["guest_open"] and is_idle(ask(str(path), "state")["rings"][3])):
+        assert time.monotonic() < deadline
+
+
+def is_idle(ring: dict[str, int]) -> bool:
+    return ring["avail_idx"] == ring["published"] and not ring["in_flight"]
 
 
 def port_of(guest: Guest, name: str) -> str:

@@ -8,24 +8,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from vpci.regs import find_layout
-from vpci.spec.blk import CONFIG_FIELDS
+from vpci.spec import blk
+from vpci.spec.config_field import ConfigField
 
 #: What QEMU is to trace: every access to a region that it calls a handler for, and those to configuration space.
 EVENTS = ("memory_region_ops_read", "memory_region_ops_write", "pci_cfg_write")
 
 _LAYOUT = find_layout("legacy")
 _ACCESS = re.compile(r"memory_region_ops_(read|write) .* addr (\w+) value (\w+) size (\d+) name '(.*)'$")
-_CONFIG_WRITE = re.compile(r"pci_cfg_write (\S+) \S+ @(\w+) <- (\w+)$")
-_PCI_BAR0, _MESSAGE_CONTROL = 0x10, 0x42  # both devices have the MSI-X capability at 0x40
+_CONFIG_WRITE = re.compile(r"pci_cfg_write (\S+) (\S+) @(\w+) <- (\w+)$")
+_PCI_BAR0, _MESSAGE_CONTROL = 0x10, 0x42  # every device here has the MSI-X capability at 0x40
 _MSIX_ENABLE = 1 << 15
 _CONTEXT = 4  # equal lines that are shown around a difference
 
 
 class Device(NamedTuple):
-    """How a device is called in the trace: its QEMU driver, and the end of its I/O BAR's name."""
+    """How a device is called in the trace: its QEMU driver, and the end of its I/O BAR's name.
+
+    `nth`: of the devices of this driver, in the order in which firmware meets them. `fields`: its configuration.
+    """
 
     driver: str
     region: str
+    nth: int = 0
+    fields: Sequence[ConfigField] = blk.CONFIG_FIELDS
 
 
 class Access(NamedTuple):
@@ -41,25 +47,49 @@ class Access(NamedTuple):
         return f"{self.kind} {self.name}/{self.size} {self.value:#x}"
 
 
+class _Bars:
+    """Where BAR0 of each function is, and which functions have MSI-X enabled, as configuration writes say."""
+
+    def __init__(self) -> None:
+        self.bases: dict[tuple[str, str], int] = {}  # by driver and slot, in the order of their first write
+        self.msix: set[tuple[str, str]] = set()
+
+    def write(self, driver: str, slot: str, off: int, value: int) -> None:
+        if off == _PCI_BAR0:
+            self.bases[driver, slot] = value & ~3
+        elif off == _MESSAGE_CONTROL:
+            (self.msix.add if value & _MSIX_ENABLE else self.msix.discard)((driver, slot))
+
+    def owner(self, addr: int) -> tuple[str, str] | None:
+        """The function whose BAR0 begins last before this address."""
+        below = {key: base for key, base in self.bases.items() if base <= addr}
+        return max(below, key=lambda key: below[key], default=None)
+
+    def key_of(self, device: Device) -> tuple[str, str] | None:
+        found = [key for key in self.bases if key[0] == device.driver]
+        return found[device.nth] if device.nth < len(found) else None
+
+
 def decode(lines: Iterable[str], device: Device) -> Iterator[Access]:
     """The accesses to the device's I/O BAR, in order, named as the layout has them at that moment."""
-    bar, msix = 0, False
+    bars = _Bars()
     for line in lines:
-        if (found := _CONFIG_WRITE.search(line)) and found[1] == device.driver:
-            off, value = int(found[2], 16), int(found[3], 16)
-            bar = value & ~3 if off == _PCI_BAR0 else bar
-            msix = bool(value & _MSIX_ENABLE) if off == _MESSAGE_CONTROL else msix
+        if found := _CONFIG_WRITE.search(line):
+            bars.write(found[1], found[2], int(found[3], 16), int(found[4], 16))
         elif (found := _ACCESS.search(line)) and found[5].endswith(device.region):
-            name, feature = _name(int(found[2], 16) - bar, int(found[4]), msix)
-            yield Access(found[1][0].upper(), name, int(found[4]), int(found[3], 16), feature)
+            addr, size = int(found[2], 16), int(found[4])
+            owner = bars.owner(addr)
+            if owner is not None and owner == bars.key_of(device):
+                name, feature = _name(addr - bars.bases[owner], size, owner in bars.msix, device.fields)
+                yield Access(found[1][0].upper(), name, size, int(found[3], 16), feature)
 
 
-def _name(off: int, size: int, msix: bool) -> tuple[str, int | None]:
+def _name(off: int, size: int, msix: bool, fields: Sequence[ConfigField]) -> tuple[str, int | None]:
     """Linux and SeaBIOS never ack bit 31, so the 32:63 fields are not there."""
     resolved = _LAYOUT.resolve(msix, hi=False)
     if field := resolved.exact.get((off, size)):
         return field.name, None
-    for row in CONFIG_FIELDS:
+    for row in fields:
         byte = off - resolved.config_base - row.offset
         if 0 <= byte < row.width // 8:
             return f"{row.name}[{byte}]", row.feature

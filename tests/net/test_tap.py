@@ -387,5 +387,6 @@ def test_an_interface_that_is_deleted_takes_the_link_down_until_it_is_opened_aga
     assert rig.events("backend_gone")[0]["errno"] in (errno.EFAULT, errno.EBADFD)
     rig.model.reopen()
     assert rig.device.wait_until(lambda: rig.status() == 1, WAIT_S)
+    assert [len(rig.events(name)) for name in ("backend_there", "backend_gone")] == [2, 1]
     host.close()
     exchange(rig, host.up())

@@ -311,6 +311,46 @@ def test_a_length_too_short_for_a_frame_costs_that_frame_only(wired, size):
     assert rig.stats()["rx_short"] == 1
 
 
+def test_a_peer_that_comes_and_goes_is_told_each_time(wired):
+    rig, end = wired()
+
+    def told() -> list[bool]:
+        return [report.event == "backend_there" for report in rig.reports if report.event.startswith("backend_")]
+
+    assert told() == [True]
+    end.close()
+    assert rig.device.wait_until(lambda: told() == [True, False], WAIT_S)
+    again = StreamEnd.connected(Path(rig.model.wire.path))
+    assert rig.device.wait_until(lambda: told() == [True, False, True], WAIT_S)
+    again.close()
+
+
+def test_without_a_descriptor_a_peer_is_hung_up_on_in_silence(wired, monkeypatch, caplog):
+    """Not left waiting, for poll(2) would tell of it without end; the next one finds us when there are some again."""
+    rig, end = wired()
+    end.close()
+    assert rig.device.wait_until(lambda: not rig.model.carrier, WAIT_S)
+    whole, spare = socket.socket.accept, rig.model.wire._spare
+
+    def scarce(listener):
+        if os.path.exists(f"/proc/self/fd/{spare}"):
+            raise OSError(errno.EMFILE, "too many")
+        return whole(listener)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "accept", scarce)
+        for _ in range(3):
+            left = StreamEnd.connected(Path(rig.model.wire.path))
+            with pytest.raises(EOFError):
+                left.receive()
+            left.close()
+    assert (rig.stats()["failures"], len(caplog.records)) == (0, 0)
+    again = StreamEnd.connected(Path(rig.model.wire.path))
+    again.send(FRAMES[1])
+    assert rig.received() == FRAMES[1]
+    again.close()
+
+
 def test_a_second_peer_is_hung_up_on(wired):
     rig, end = wired()
     second = StreamEnd.connected(Path(rig.model.wire.path))

@@ -185,6 +185,13 @@ def test_acking_bit_30_on_net_keeps_what_a_faulty_guest_may_have():
     assert device.bar_read(18, 1) == b"\x03"
 
 
+def test_a_guest_that_acks_bit_30_without_end_is_quoted_once(caplog):
+    device = make_device()
+    for _ in range(100):
+        ack(device, 0xFFFF_FFFF)
+    assert (len(caplog.records), device.counters["bad_feature"]) == (1, 100)
+
+
 def test_acking_bit_30_counts_even_where_it_is_hidden():
     """C15."""
     device = make_device(BlkLike, "v0.9.5", mask=B30)

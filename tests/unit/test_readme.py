@@ -21,7 +21,7 @@ from vpci.models import find_model
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SOURCES = [*sorted((ROOT / "vpci").rglob("*.py")), ROOT / "cffi_build.py"]
-TELLERS = {"Report", "event", "_put", "_write"}  # functions that are called with an event's name first
+TELLERS = {"Report", "event", "tell", "_put", "_write"}  # functions that are called with an event's name first
 
 
 def blocks(language: str) -> list[str]:

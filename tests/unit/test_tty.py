@@ -127,6 +127,9 @@ def test_a_client_for_which_there_is_no_descriptor_waits(line, monkeypatch, capl
         with monkeypatch.context() as patch:
             patch.setattr(socket.socket, "accept", lambda _: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
             poll(line)
+            for _ in range(5):
+                line.tick()
+                poll(line)
         assert (len(caplog.records), line.connected, line.tick_s) == (1, False, 1.0)
         assert line.fds(True, False) == {line.listener.fileno(): 0}
         line.tick()

@@ -90,6 +90,9 @@ def test_kept_output_is_shown_as_it_is(multi, capsys):
         (["resize", "0", "24"], "a number from 1 to 65535"),
         (["resize", "80", "65536"], "a number from 1 to 65535"),
         (["port-resize", "9", "80", "24"], "a port that is there"),
+        (["reopen", "3"], "a port that is there: 0, 1"),
+        (["reopen", "first"], "a number"),
+        (["output", "7"], "a port that is there: 0, 1"),
     ],
 )
 def test_a_wrong_operation_changes_nothing(multi, operation, words):
@@ -113,3 +116,52 @@ def test_one_port_is_all_there_is_without_multiport(tmp_path):
         for operation in (["port-remove", "0"], ["port-add", "n", "ring", "-"]):
             with pytest.raises(BackendError, match=r"MULTIPORT|1 ports"):
                 ask(single.server.path, operation[0], operation[1:])
+
+
+def test_a_file_that_was_moved_is_begun_anew_by_a_reopen(tmp_path):
+    log = tmp_path / "log"
+    with console(tmp_path, f'ports = 1\nbackend = "file"\npath = "{log}"') as single:
+        Ctl(single.server).start()
+        single.start()
+        single.write(0, b"before\n")
+        single.settle()
+        log.rename(tmp_path / "log.1")
+        assert ask(single.server.path, "reopen", ["0"]) == {"port": 0, "host_open": True}
+        single.write(0, b"after\n")
+        single.settle()
+        assert [(tmp_path / name).read_bytes() for name in ("log.1", "log")] == [b"before\n", b"after\n"]
+
+
+def test_a_socket_that_was_deleted_is_back_after_a_reopen(multi):
+    multi.start_multiport(4)
+    with multi.host() as host:
+        (multi.folder / "port0.sock").unlink()
+        assert ask(multi.server.path, "reopen", ["0"]) == {"port": 0, "host_open": False}
+        assert host.socket.recv(1) == b""
+    multi.write(0, b"meanwhile")
+    with multi.host() as host:
+        assert host.read(9) == b"meanwhile"
+        host.send(b"and back")
+        multi.tell(0, PORT_OPEN, 1)
+        assert multi.receive(0, 8) == b"and back"
+
+
+def test_a_host_side_that_cannot_be_opened_is_named_and_the_guest_goes_on_until_it_can(tmp_path):
+    """Its port has nobody then: output is kept to the bound, and the next try may work."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    with console(tmp_path, f'ports = 1\nbackend = "file"\npath = "{folder}/log"\nbacklog = "4K"') as single:
+        Ctl(single.server).start()
+        single.start()
+        folder.rename(tmp_path / "old")
+        for _ in range(2):
+            with pytest.raises(BackendError, match="logs/log: cannot open the file"):
+                ask(single.server.path, "reopen", ["0"])
+            assert not ask(single.server.path, "ports")["ports"][0]["host_open"]
+            for _ in range(8):
+                single.write(0, b"x" * 1024)
+        folder.mkdir()
+        assert ask(single.server.path, "reopen", ["0"])["host_open"]
+        single.settle()
+        assert (folder / "log").read_bytes() == b"x" * 4096
+        assert ask(single.server.path, "ports")["ports"][0]["dropped"] == 12 * 1024

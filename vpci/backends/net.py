@@ -6,6 +6,7 @@ moves frames on and closes. It waits for nothing: its thread is the model's, whi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -111,6 +112,7 @@ class StreamWire(NullWire):
         self._listener: socket.socket | None = None
         if path:
             self._listener = listen(self.path)
+            self._spare = _spare()
 
     def start(self, plug: Plug, is_plugged: IsPlugged, watch: Watch) -> None:
         self._plug, self._is_plugged = plug, is_plugged
@@ -124,6 +126,9 @@ class StreamWire(NullWire):
             peer, _ = self._listener.accept()
         except BlockingIOError:
             return
+        except OSError:
+            self._hang_up()
+            return
         if self._is_plugged(0):
             self.refused += 1
             peer.close()
@@ -131,10 +136,22 @@ class StreamWire(NullWire):
             peer.setblocking(False)
             self._plug(0, peer.detach())
 
+    def _hang_up(self) -> None:
+        """For want of a descriptor: a peer that is left waiting would be told of again and again without a pause."""
+        assert self._listener is not None
+        _close(self._spare)
+        with contextlib.suppress(OSError):  # another thread has the descriptor now
+            self._listener.accept()[0].close()
+            self.refused += 1
+        self._spare = _spare()
+
     def turn(self) -> float | None:
         if not self._to or self._is_plugged(0):
             return None
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        except OSError:  # no descriptor for it now
+            return RETRY_S
         if peer.connect_ex(self._to):
             peer.close()
             return RETRY_S
@@ -144,4 +161,18 @@ class StreamWire(NullWire):
     def close(self) -> None:
         if self._listener:
             self._listener.close()
+            _close(self._spare)
             give_back(self.path)
+
+
+def _spare() -> int:
+    """A descriptor to be given up when there is no other; -1 when there is none for this either."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)

@@ -18,7 +18,7 @@ _ROWS = (
     ("M04", "a disk that grows: the bytes change, then the configuration interrupt", "S091; D9", ASKED, "tests/disk/test_resize.py::test_the_new_capacity_can_be_read_when_the_interrupt_comes"),
     ("Q20", "a million random ring images under sanitizers: no crash, leak, or write outside writable buffers and the used ring", "REC", WHOLE, "tests/stress/test_images.py::test_a_million_random_ring_images"),
     ("R03", "without their fences R01 and R02 can fail", "REC", WHOLE, "tests/stress/test_stress.py::test_without_its_fence_a_wake_up_is_lost_and_seen"),
-    ("S01", "Linux 6.1 on QEMU uses the disk; it takes neither 30 nor 31", "TRACE", WHOLE, "tests/guest/test_linux_disk.py::test_linux_negotiates_what_the_draft_and_linux_share"),
+    ("S01", "Linux 6.1 on QEMU uses disk, network and console; it takes neither 30 nor 31", "TRACE", WHOLE, "tests/guest/test_several.py::test_linux_takes_from_each_what_it_knows"),
     ("S02", "the same without MSI: INTx and ISR", "S091", WHOLE, "tests/guest/test_linux_disk.py::test_linux_with_nomsi_uses_intx_of_an_msix_function"),
     ("S04", "patchv2-literal hangs Linux, and that is seen", "section 3", WHOLE, "tests/guest/test_literal.py::test_linux_hangs_on_the_literal_dialect"),
     ("S05", "SeaBIOS boots from the disk", "TRACE", WHOLE, "tests/guest/test_linux_disk.py::test_seabios_boots_from_the_disk"),

@@ -7,6 +7,7 @@ and whoever adds, removes or resizes ports touch too; nothing waits while it is 
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import select
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -25,7 +27,7 @@ from msgspec import Meta
 from vpci.backends import parse_size
 from vpci.backends.tty import Line, open_line
 from vpci.backends.tty.line import MAX_PIECES
-from vpci.errors import BackendError, ConfigError
+from vpci.errors import BackendError, ConfigError, VpciError
 from vpci.models.base import Chain, Host, Identity, Model, Operation, QueueSpec
 from vpci.spec import console
 from vpci.spec.features import word_of
@@ -139,10 +141,14 @@ class Control(NamedTuple):
 
 
 class Port:
-    """A port and its host side. The flags are under the model's lock, all else is the model's thread's own."""
+    """A port and its host side. The flags are under the model's lock, all else is the model's thread's own.
 
-    def __init__(self, index: int, line: Line, name: str, is_console: bool) -> None:
-        self.index, self.line, self.name, self.is_console = index, line, name, is_console
+    `open` opens the host side. ConfigError or BackendError when it cannot.
+    """
+
+    def __init__(self, index: int, open: Callable[[], Line], name: str, is_console: bool) -> None:
+        self.index, self.open, self.name, self.is_console = index, open, name, is_console
+        self.line = open()
         self.ready = False  # the driver has said PORT_READY
         self.guest_open = False
         self.told_open = False  # the driver was told that the host side is there
@@ -194,6 +200,13 @@ class Port:
         self.backlog -= n_bytes
         return n_bytes
 
+    def reopen(self) -> None:
+        """A host side in the place of this one, nobody's if there cannot be one; what waits for it waits on."""
+        self.line.close()
+        self.line = Line()
+        self.stuck_since, self.given_up = None, False
+        self.line = self.open()
+
     def write(self, now: float, patience: float) -> None:
         """Give the line what it takes."""
         taken = 0
@@ -227,6 +240,15 @@ class Port:
         self.given += len(data)
         self.counters["to_guest"] += len(data)
         return data
+
+
+class Reopening:
+    """What somebody outside waits for: the model's thread opens a port's host side anew."""
+
+    def __init__(self, port: Port) -> None:
+        self.port = port
+        self.done = threading.Event()
+        self.error: VpciError | None = None
 
 
 class ConsoleModel(Model):
@@ -264,6 +286,7 @@ class ConsoleModel(Model):
         self._emergency: deque[bytes] = deque(maxlen=EMERGENCY_BYTES)
         self._warned: set[str] = set()
         self._leaving: list[Port] = []  # removed, to be closed by the model's thread
+        self._reopening: list[Reopening] = []  # for the model's thread
         self._removed: set[int] = set()  # ports whose driver may still send
         self.counters: Counter[str] = Counter(
             bad_control=0, dropped_control=0, dropped_emergency=0, cut_chains=0, ignored_chains=0
@@ -285,7 +308,8 @@ class ConsoleModel(Model):
         for index, port in enumerate([PortSection("", section.backend, section.path, True), *section.port]):
             key = "console.port" if index else "console"
             path = _path(index, port.backend, port.path)
-            self.ports[index] = Port(index, open_line(f"{key}.backend", port.backend, path), port.name, port.console)
+            opens = partial(open_line, f"{key}.backend", port.backend, path)
+            self.ports[index] = Port(index, opens, port.name, port.console)
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -436,7 +460,7 @@ class ConsoleModel(Model):
             raise ConfigError("", "port", index, "only port 0 without VIRTIO_CONSOLE_F_MULTIPORT")
         if not re.search(NAME, name):
             raise ConfigError("", "name", name, "200 characters at most, none of them a control character")
-        port = Port(index, open_line("backend", backend, _path(index, backend, path)), name, is_console)
+        port = Port(index, partial(open_line, "backend", backend, _path(index, backend, path)), name, is_console)
         port.line_size = port.line.size()
         with self._lock:
             if index in self.ports:
@@ -463,6 +487,17 @@ class ConsoleModel(Model):
         self._wake()
         port.closed.wait(CLOSE_S)
 
+    def reopen(self, index: int) -> None:
+        """Open a port's host side anew. ConfigError when there is no such port, BackendError when it will not open."""
+        asked = Reopening(self._port(index))
+        with self._lock:
+            self._reopening.append(asked)
+        self._wake()
+        if not asked.done.wait(CLOSE_S):
+            raise BackendError(f"port {index}", errno.EBUSY, f"not opened anew within {CLOSE_S:g} s")
+        if asked.error:
+            raise asked.error
+
     operations = {
         "ports": Operation("every port: its sides, its bytes", (), lambda model: {"ports": model.port_states()}),
         "port-add": Operation(
@@ -476,6 +511,11 @@ class ConsoleModel(Model):
             lambda model, *args: model._op_add(*args, is_console=True),
         ),
         "port-remove": Operation("unplug a port", ("PORT",), lambda model, port: model._op_remove(port)),
+        "reopen": Operation(
+            "close and open a port's host side: a file that was moved, a socket or link that was deleted",
+            ("PORT",),
+            lambda model, port: model._op_reopen(port),
+        ),
         "resize": Operation(
             "give port 0's terminal another size", ("COLS", "ROWS"), lambda model, *size: model._op_resize(0, *size)
         ),
@@ -497,6 +537,11 @@ class ConsoleModel(Model):
         index = _number("PORT", port)
         self.remove_port(index)
         return {"port": index}
+
+    def _op_reopen(self, port: object) -> dict[str, object]:
+        index = _number("PORT", port)
+        self.reopen(index)
+        return {"port": index, "host_open": self._port(index).line.connected}
 
     def _op_resize(self, port: object, cols: object, rows: object) -> dict[str, object]:
         index, size = _number("PORT", port), (_number("COLS", cols), _number("ROWS", rows))
@@ -640,6 +685,7 @@ class ConsoleModel(Model):
         now = time.monotonic()
         self._take_emergency()
         self._close_leaving()
+        self._reopen_asked()
         ports = list(self.ports.values())
         for port in ports:
             self._exchange(port, now)
@@ -680,6 +726,20 @@ class ConsoleModel(Model):
             self._unwatch(port, list(port.watched))
             port.line.close()
             port.closed.set()
+
+    def _reopen_asked(self) -> None:
+        with self._lock:
+            asked, self._reopening = self._reopening, []
+        for one in asked:
+            try:
+                if self.ports.get(one.port.index) is not one.port:
+                    raise self._no_port(one.port.index)
+                self._unwatch(one.port, list(one.port.watched))
+                one.port.reopen()
+            except VpciError as error:
+                one.error = error
+            finally:
+                one.done.set()
 
     def _follow_size(self, port: Port) -> None:
         size = port.line.size()

@@ -374,7 +374,7 @@ class _OnLine(ConsoleModel):
         super().__init__(ConsoleSection(ports=1))
 
     def _open_ports(self) -> None:
-        self.ports[0] = Port(0, self._line, "", True)
+        self.ports[0] = Port(0, lambda: self._line, "", True)
 
 
 def a_console_can_be_served_on_it(subject: Subject) -> None:

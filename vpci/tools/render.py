@@ -219,7 +219,15 @@ def facts(result: Mapping[str, Any]) -> None:
     """What any other operation answers."""
     out = console()
     for name, value in result.items():
-        out.print(f"{name}: {value}")
+        out.print(Text(f"{name}: {_plain(value)}"))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "-"
+    return str(value)
 
 
 def steps(done: Sequence[dict[str, Any]]) -> Table:

@@ -279,7 +279,8 @@ class Device:
     def _write_guest_features(self, value: int, fx: Effects) -> None:
         if self.features.write_lo(value):
             self.counters["bad_feature"] += 1
-            log.warning("guest acked VIRTIO_F_BAD_FEATURE (wrote %#x): it keeps %#x", value, self.features.lo)
+            if self.counters["bad_feature"] == 1:  # it may go on doing so as fast as it can
+                log.warning("guest acked VIRTIO_F_BAD_FEATURE (wrote %#x): it keeps %#x", value, self.features.lo)
         self._features_written(fx)
 
     def _write_guest_features_hi(self, value: int, fx: Effects) -> None:

@@ -33,6 +33,7 @@ class SocketLine(Line):
         self.listener = listen(self.path)
         self.client: socket.socket | None = None
         self.refused = 0
+        self.waits = False  # a client, for want of a descriptor; and that was said
 
     def fds(self, reads: bool, writes: bool) -> Mapping[int, int]:
         mask = select.POLLIN if self.tick_s is None else 0
@@ -52,9 +53,12 @@ class SocketLine(Line):
             client, _ = self.listener.accept()
         except OSError as error:
             if error.errno not in _LEFT_AGAIN:
-                log.warning("%s: a client has to wait (%s)", self.path, reason(error))
+                if not self.waits:
+                    log.warning("%s: a client has to wait (%s)", self.path, reason(error))
+                self.waits = True
                 self.tick_s = RETRY_S  # it stays in the backlog, and poll(2) would tell of it without a pause
             return
+        self.waits = False
         if self.client is not None:
             self._refuse(client)
             return
