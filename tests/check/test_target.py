@@ -37,7 +37,7 @@ def test_servers_of_the_next_needs_start_with_the_first_and_are_the_right_ones(t
     with planned(tmp_path, *needs) as target:
         for need in needs:
             guest = Guest(target.server(CASE, need), need)
-            assert guest.size == need.size
+            assert guest.queue_size() == need.size
             guest.close()
             assert n_started(tmp_path) == len(SIZES)
 

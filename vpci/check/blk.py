@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
-from vpci.check.cases import Need, Skipped, case, claim, expect
-from vpci.check.guest import FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, Guest, Part, Request
+from vpci.check.cases import DISK, Need, Skipped, claim, expect
+from vpci.check.cases import case as any_case
+from vpci.check.guest import Guest, Part, Request
+from vpci.check.traffic import FLUSH, GET_ID, IN, IOERR, OK, OUT, SECTOR, UNSUPP
 
-SECTOR = 512
 FLUSH_OUT, DISCARD, WRITE_ZEROES = 5, 11, 13
 PATTERN = bytes((n * 5 + n // 251) & 0xFF for n in range(8 * SECTOR))
+case = partial(any_case, subsystem=DISK)
 
 
 def sectors(g: Guest) -> int:

@@ -38,9 +38,11 @@ GROUPS = {
     "S": "the whole system",
 }
 
-DISK, CONSOLE = 2, 3
+NET, DISK, CONSOLE = 1, 2, 3
 #: PCI subsystem id -> what such a device is called.
-KINDS = {DISK: "disk", CONSOLE: "console"}
+KINDS = {NET: "network interface", DISK: "disk", CONSOLE: "console"}
+#: Of a case that is for every device whose requests `traffic` knows.
+REQUESTS = 0
 
 
 class Failed(VpciError):
@@ -76,7 +78,8 @@ class Need:
 
     `dialects` any of these (none: whichever); `bits` offered (0..63); `size` entries of each queue, exactly; `queues`
     and `vectors` at least so many; `sets` configuration keys and their values; `own` the case needs the server's
-    process or its configuration, not only its socket.
+    process or its configuration, not only its socket; `wire` the other end of a network interface's wire. `queues`
+    counts those that take requests.
     """
 
     dialects: tuple[str, ...] = ()
@@ -87,6 +90,7 @@ class Need:
     vectors: int = 0
     sets: Mapping[str, Any] = field(default_factory=dict)
     own: bool = False
+    wire: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Case:
     run: Callable[[Guest], None]
     needs: tuple[Need, ...] = (Need(),)
     writes: bool = False
-    subsystem: int = DISK
+    subsystem: int = REQUESTS
 
     @property
     def group(self) -> str:
@@ -129,12 +133,14 @@ CASES: dict[str, Case] = {}
 
 def unfit(case: Case) -> str:
     """Why a case cannot be run on a device of another kind."""
+    if case.subsystem == REQUESTS:
+        return "a case that sends requests, and this device's are not known"
     kind = KINDS[case.subsystem]
     return f"a case for {kind}s, and the device is no {kind}"
 
 
 def case(
-    id: str, claim: str, source: str, *needs: Need, writes: bool = False, subsystem: int = DISK
+    id: str, claim: str, source: str, *needs: Need, writes: bool = False, subsystem: int = REQUESTS
 ) -> Callable[[Callable[[Guest], None]], Callable[[Guest], None]]:
     """Declare the function below as case `id`."""
 

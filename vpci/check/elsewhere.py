@@ -8,7 +8,6 @@ from __future__ import annotations
 from vpci.check.cases import Elsewhere
 
 WHOLE = "a test of vpci's repository"
-NET = "no net model yet"
 CONSTANT = "a disk of this version never changes its configuration by itself; a test shows it with a model that does"
 ASKED = "a disk changes its size when its control socket is asked, which is no part of the paper"
 
@@ -17,23 +16,6 @@ _ROWS = (
     ("L04", "a configuration change sets ISR bit 1 and asserts INTx", "S091", CONSTANT, "tests/order/test_hot_table.py::test_a_config_change_shows_its_bytes_before_its_interrupt"),
     ("L05", "ISR is 3 for a completion and a configuration change; one read clears both", 'S091 "single interrupt can indicate both"', CONSTANT, "tests/faults/test_cases.py::test_isr_keeps_both_bits"),
     ("M04", "a disk that grows: the bytes change, then the configuration interrupt", "S091; D9", ASKED, "tests/disk/test_resize.py::test_the_new_capacity_can_be_read_when_the_interrupt_comes"),
-    ("M06", "configured MAC; LINK_UP while the backend is up", "S091", NET, ""),
-    ("M07", "a MAC written byte by byte takes effect after byte 5", "V1L net", NET, ""),
-    ("M08", "link down: status 0, then the configuration interrupt", "S091", NET, ""),
-    ("M09", "without STATUS offered the status word reads 0", "REC", NET, ""),
-    ("M10", "the configured MTU is at 10", "UAPI", NET, ""),
-    ("O01", "tx without MRG: 10 bytes of header are taken off", "S091", NET, ""),
-    ("O02", "tx with MRG: 12 bytes of header are taken off", "S091", NET, ""),
-    ("O03", "rx with MRG: a frame over n chains is published at once, num_buffers n", "S091", NET, ""),
-    ("O05", "rx takes header and data in one descriptor or in two", "S091; bit 27", NET, ""),
-    ("O06", "an empty rx queue holds or drops frames, and goes on with a doorbell", "S091", NET, ""),
-    ("O07", "tx frames of 0 to 13 bytes, and chains shorter than the header, are dropped", "REC", NET, ""),
-    ("O08", "NEEDS_CSUM: the checksum is completed; out of the frame it is dropped", "S091", NET, ""),
-    ("O10", "PROMISC and ALLMULTI on and off: the filter obeys", "S091", NET, ""),
-    ("O11", "TABLE_SET: 2+1 entries are taken, lying lengths are refused", "S091", NET, ""),
-    ("O12", "VLAN 5 is added and removed, 4096 is refused", "S091", NET, ""),
-    ("O13", "an unknown class is refused; a command without an ack byte has length 0", "S091", NET, ""),
-    ("O14", "without CTRL_VQ queue 2 has size 0", "S091 footnote", NET, ""),
     ("Q20", "a million random ring images under sanitizers: no crash, leak, or write outside writable buffers and the used ring", "REC", WHOLE, "tests/stress/test_images.py::test_a_million_random_ring_images"),
     ("R03", "without their fences R01 and R02 can fail", "REC", WHOLE, "tests/stress/test_stress.py::test_without_its_fence_a_wake_up_is_lost_and_seen"),
     ("S01", "Linux 6.1 on QEMU uses the disk; it takes neither 30 nor 31", "TRACE", WHOLE, "tests/guest/test_linux_disk.py::test_linux_negotiates_what_the_draft_and_linux_share"),

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vpci.check.cases import Failed, Need, Wedged, claim, expect
+from vpci.check.traffic import CANARY, GET_ID, Traffic, traffic_of
 from vpci.vfu.client import Client, DmaOutside, ServerError, ServerTimeout
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ RAM_BYTES = 8 << 20
 FILE_BYTES = 16 << 20
 NEXT, WRITE, INDIRECT = 1, 2, 4  # flags of a descriptor
 NO_VECTOR = 0xFFFF
-IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8  # types of a blk request
-OK, IOERR, UNSUPP = 0, 1, 2
 Part = tuple[int, int, bool]  # gpa, length, whether the device may write it
 
 
@@ -97,18 +96,22 @@ class Memory:
 
 @dataclass
 class Request:
-    """A blk request in guest memory; `parts` in the order of the chain."""
+    """A request in guest memory; `parts` in the order of the chain. `status` is a byte that only a disk may write.
+
+    `frame` is what a network interface must send for it, where somebody looks.
+    """
 
     parts: list[Part]
     header: int
     data: int
     room: int
     status: int
+    frame: bytes = b""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What came back: the status byte, used.len, the data that the device may have written."""
+    """What came back for a disk: the status byte, used.len, the data that the device may have written."""
 
     status: int
     length: int
@@ -224,37 +227,54 @@ class Ring:
         self.kick()
 
     def do(self, request: Request, head: int = 0) -> Done:
-        """A request from end to end."""
+        """A request of a disk from end to end."""
         self.submit(request, head)
         self.wait()
         return self.done(request, head)
 
     def done(self, request: Request, head: int = 0, at: int | None = None) -> Done:
-        """What the used entry (else: the last) says of a request."""
+        """What the used entry (else: the last) says of a disk's request."""
         id, length = self.element(self.idx - 1 if at is None else at)
         expect(id, head, "id of the used entry")
-        status = self.memory.read(request.status, 1)[0]
-        return Done(status, length, self.memory.read(request.data, request.room) if request.room else b"")
+        return Done(self.guest.status_of(request), length, self.memory.read(request.data, request.room))
+
+    def serve(self, request: Request, head: int = 0, what: str = "") -> None:
+        """A request from end to end, which must be served."""
+        self.submit(request, head)
+        self.wait()
+        self.served(request, head, what=what)
+
+    def served(self, request: Request, head: int = 0, at: int | None = None, what: str = "") -> None:
+        """The used entry (else: the last) says that a small request was served, and so does what it left."""
+        got, wanted = self.element(self.idx - 1 if at is None else at), (head, self.guest.traffic.used_len)
+        expect(got, wanted, f"used entry{what}")
+        self.guest.traffic.expect_served(self.guest, request, what)
+
+    def refused(self, request: Request, what: str = "") -> None:
+        """A request from end to end, which comes back because it cannot be served; the queue goes on."""
+        self.submit(request)
+        self.wait()
+        id, length = self.element(self.idx - 1)
+        expect(id, 0, f"id of the used entry{what}")
+        self.guest.traffic.expect_refused(self.guest, request, length, what)
 
     def works(self) -> None:
-        """GET_ID completes: 20 bytes and the status."""
-        done = self.do(self.guest.get_id())
-        expect((done.status, done.length), (OK, 21), "GET_ID: (status, used.len)")
+        """A small request is served."""
+        self.serve(self.guest.small())
 
 
 class Mill:
-    """A ring whose every head is the same GET_ID in one indirect table: thousands of requests for the price of few.
+    """A ring whose every head is the same request in one indirect table: thousands of requests for the price of few.
 
     Needs bit 28. `advance` makes n more available, `run` also kicks and waits.
     """
 
     def __init__(self, ring: Ring) -> None:
         self.ring, self.guest = ring, ring.guest
-        request = self.guest.get_id()
-        self.status = request.status
-        first = ring.table(request.parts)
+        self.request = self.guest.traffic.cheap(self.guest)
+        first = ring.table(self.request.parts)
         for head in range(ring.q):
-            ring.desc(head, first, 16 * len(request.parts), INDIRECT)
+            ring.desc(head, first, 16 * len(self.request.parts), INDIRECT)
             ring.memory.set_u16(ring.avail + 4 + 2 * head, head)
         self._load, _ = ring.memory.word(ring.used + 2)
         _, self._store = ring.memory.word(ring.avail + 2)
@@ -278,11 +298,11 @@ class Mill:
 
     def good(self) -> None:
         """The last request was served."""
-        expect(self.ring.memory.read(self.status, 1)[0], OK, "status of the requests")
+        self.guest.traffic.expect_served(self.guest, self.request, " of the requests")
 
 
 class Guest:
-    """One client of the server, with memory mapped; `size` is queue 0's, `current` the ring that start() made."""
+    """One client of the server, with memory mapped; `current` is the ring that start() made."""
 
     current: Ring
 
@@ -296,7 +316,6 @@ class Guest:
             self._stack.append(self.client.close)
             self.map(BASE, RAM_BYTES)
             self._next = BASE + PAGE
-            self.size = self.read(12, 2)
         except BaseException:
             self.close()
             raise
@@ -393,8 +412,41 @@ class Guest:
 
     # -- rings and requests -----------------------------------------------------------------------------------------
 
-    def ring(self, index: int = 0, base: int | None = None) -> Ring:
-        """A cleared ring for queue `index`, its PFN written."""
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Of this kind of device."""
+        return traffic_of(self.pci(0x2E, 2))
+
+    @property
+    def queue(self) -> int:
+        """The queue that takes requests."""
+        return self.traffic.queue()
+
+    def queue_size(self) -> int:
+        """Of that queue, which is selected from now on."""
+        self.select(self.queue)
+        return self.read(12, 2)
+
+    def small(self) -> Request:
+        """A request of the device's kind that leaves no trace."""
+        return self.traffic.small(self)
+
+    def status_of(self, request: Request) -> int:
+        """The byte that a disk writes; 0xee before."""
+        return self.memory.read(request.status, 1)[0]
+
+    def config(self, base: int) -> bytes:
+        """Device configuration, which begins at `base`."""
+        return self.span(base, self.traffic.config_bytes)
+
+    def config_after(self, config: bytes, off: int, data: bytes) -> bytes:
+        """What configuration has to be when `data` was written at `off` of it."""
+        new = {off + n: byte for n, byte in enumerate(data) if off + n in self.traffic.writable}
+        return bytes(new.get(at, byte) for at, byte in enumerate(config))
+
+    def ring(self, index: int | None = None, base: int | None = None) -> Ring:
+        """A cleared ring for queue `index` (else: the one that takes requests), its PFN written."""
+        index = self.queue if index is None else index
         self.select(index)
         q = self.read(12, 2)
         claim(q and not q & (q - 1), f"queue {index} has {q} entries, wanted a power of two")
@@ -405,7 +457,7 @@ class Guest:
         return ring
 
     def start(self, *bits: int, msix: bool = False) -> Ring:
-        """Queue 0 of a driver that took these bits; with MSI-X configuration has vector 0 and queue 0 vector 1."""
+        """A queue for requests of a driver that took these bits; with MSI-X it has vector 1, configuration vector 0."""
         if msix:
             self.msix()
         self.ack(*bits)
@@ -423,7 +475,7 @@ class Guest:
         header = self.alloc(16)
         self.memory.write(header, type.to_bytes(4, "little") + bytes(4) + sector.to_bytes(8, "little"))
         data, status = self.alloc(max(1, len(out), room)), self.alloc(1)
-        self.memory.write(status, b"\xee")
+        self.memory.write(status, CANARY)
         if room:
             self.memory.write(data, b"\xcc" * room)
         parts: list[Part] = [(header, 16, False)]
@@ -474,6 +526,8 @@ class Guest:
         for _ in range(2):
             self.client.region_read(CONFIG, 0, 2)
             self.client.region_read(BAR0, 18, 1)
+        if self.server.wire:
+            self.server.wire.look()
 
     def until(self, holds: Callable[[], bool], what: Callable[[], str]) -> None:
         """Spin, then yield, until it holds; Wedged at the deadline."""
@@ -483,6 +537,8 @@ class Guest:
         deadline = time.monotonic() + self.timeout
         spins = 0
         while not holds():
+            if self.server.wire:
+                self.server.wire.look()
             spins += 1
             if spins < 200:
                 os.sched_yield()
@@ -512,13 +568,13 @@ class Guest:
         self.settle()
         expect(ring.used_idx, before, "used.idx after a ring error")
         self.server.wait_ring_error(ring.index, rule)
-        request = self.get_id()
+        request = self.small()
         ring.chain(request.parts, 0)
         self.memory.set_u16(ring.avail + 4 + 2 * (ring.idx % ring.q), 0)
         self.memory.set_u16(ring.avail + 2, before + 1)
         ring.kick()
         self.settle()
-        expect(self.memory.read(request.status, 1), b"\xee", "status of a request on a broken queue")
+        self.traffic.expect_untouched(self, request, " of a request on a broken queue")
         expect(ring.used_idx, before, "used.idx of a broken queue after a doorbell")
         expect(self.status(), status, "device_status after a ring error")
         self.select(ring.index)

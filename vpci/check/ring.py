@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from vpci.check.cases import Need, case, claim, expect
-from vpci.check.guest import FLUSH, INDIRECT, NEXT, OK, PAGE, WRITE, Guest, Mill, Ring
+from vpci.check.guest import INDIRECT, NEXT, PAGE, WRITE, Guest, Mill, Part, Ring
 
 FAR_AWAY = 0x7FFF_0000
 CANARY = 0xA5A5
@@ -59,7 +59,7 @@ def f01(g: Guest) -> None:
     ring = g.start(28, 29, msix=True)
     _, used_event, used_flags, avail_event = OFFSETS[ring.q]
     last = ring.q - 1  # of the descriptors and of both rings
-    request = g.get_id()
+    request = g.traffic.cheap(g)
     at = g.alloc(16 * len(request.parts), 16)
     ring.chain(request.parts, 0, at)
     ring.desc(last, at, 16 * len(request.parts), INDIRECT)
@@ -72,7 +72,7 @@ def f01(g: Guest) -> None:
     ring.kick()
     ring.wait(ring.q)
     element = words.read(base + used_flags + 4 + 8 * last, 8)
-    expect(element, last.to_bytes(4, "little") + (21).to_bytes(4, "little"), "the last used element")
+    expect(element, last.to_bytes(4, "little") + g.traffic.used_len.to_bytes(4, "little"), "the last used element")
     g.interrupts(fd, 1, "with used_event at the last entry")
     expect(words.u16(base + used_flags + 2), ring.q, "used.idx")
     expect(words.u16(base + avail_event), ring.q, "avail_event")
@@ -82,10 +82,10 @@ def f01(g: Guest) -> None:
 @case("F02", "with 256 entries used.idx is at 8194 and the first element at 8196", "section 4", Need(size=256))
 def f02(g: Guest) -> None:
     ring = g.start()
-    ring.submit(g.get_id(), head=5)
+    ring.submit(g.small(), head=5)
     ring.wait()
     expect(g.memory.u16(ring.base + 8194), 1, "word at 8194")
-    expect(g.memory.read(ring.base + 8196, 8), bytes([5, 0, 0, 0, 21, 0, 0, 0]), "8 bytes at 8196")
+    expect(g.memory.read(ring.base + 8196, 8), bytes([5, 0, 0, 0, g.traffic.used_len, 0, 0, 0]), "8 bytes at 8196")
 
 
 @case("F03", "with 256 entries an idle device stores avail_event at 10244", "section 4", Need(size=256, bits=(29,)))
@@ -117,7 +117,9 @@ def f06(g: Guest) -> None:
     mill.run(32768)
     mill.good()
     expect(mill.ring.used_idx, 0x8000, "used.idx")
-    expect([mill.ring.element(i) for i in range(32768)], [(i, 21) for i in range(32768)], "used elements")
+    expect(
+        [mill.ring.element(i) for i in range(32768)], [(i, g.traffic.used_len) for i in range(32768)], "used elements"
+    )
 
 
 @case("F07", "indices run over 65535: four requests from 0xfffe on", "S091 wrap", TABLE)
@@ -125,8 +127,7 @@ def f07(g: Guest) -> None:
     ring = g.start(28)
     Mill(ring).run(0xFFFE)
     for n, head in enumerate((1, 4, 7, 10)):
-        request = g.get_id()
-        expect(ring.do(request, head).status, OK, f"status of request {n}")
+        ring.serve(g.small(), head, f" of request {n}")
     expect(ring.used_idx, 2, "used.idx")
     slots = [(0xFFFE + n) % ring.q for n in range(4)]
     expect([ring.element(slot)[0] for slot in slots], [1, 4, 7, 10], "ids in the slots over the wrap")
@@ -143,7 +144,7 @@ def f09(g: Guest) -> None:
 
     for _ in range(100):
         mill.advance(mill.ring.q // 2)
-        g.post_kick(0)
+        g.post_kick(mill.ring.index)
         g.until(is_done, lambda: f"used.idx {mill.ring.used_idx:#x}, wanted {mill.ring.idx:#x}")
     g.settle()
     expect(mill.ring.used_flags, 0, "used.flags of an idle queue")
@@ -470,7 +471,7 @@ def h09(g: Guest) -> None:
     mill.advance(1)
     claim(not wanted(2, 1), "avail_event asks for a kick of the second request: the dialect is not literal")
     mill.ring.still("without a kick", 1)
-    g.post_kick(0)
+    g.post_kick(mill.ring.index)
     mill.wait()
 
 
@@ -497,7 +498,7 @@ def h12(g: Guest) -> None:
     mill.run(1)
     g.interrupts(fd, 1, "of the first request")
     for _ in range(10_000):
-        g.post_kick(0)
+        g.post_kick(ring.index)
     ring.still("after 10000 doorbells", 1)
     g.interrupts(fd, 0, "after 10000 doorbells")
     g.no_replies()
@@ -509,7 +510,7 @@ def h13(g: Guest) -> None:
     ring = g.start()
     heads = [3 * n for n in (4, 0, 3, 1, 2)]
     for head in heads:
-        ring.offer(ring.chain(g.get_id().parts, head))
+        ring.offer(ring.chain(g.small().parts, head))
     ring.kick()
     ring.wait()
     expect([ring.element(n)[0] for n in range(5)], heads, "ids of the used entries")
@@ -573,7 +574,7 @@ def i05(g: Guest) -> None:
     ring.set_flags(1)
     for round_ in range(20):
         for head in (0, 2, 4):
-            ring.offer(ring.chain(g.request(FLUSH).parts, head))
+            ring.offer(ring.chain(g.traffic.slow(g).parts, head))
         ring.kick()
         ring.wait()
         claim(
@@ -601,31 +602,33 @@ def i06(g: Guest) -> None:
 @case("J01", "a table of three is served like the chain, and the id is the head in the ring", "S091", TABLE)
 def j01(g: Guest) -> None:
     ring = g.start(28)
-    request = g.get_id()
+    request = g.small()
     ring.table(request.parts, head=7)
     ring.offer(7)
     ring.kick()
     ring.wait()
-    done = ring.done(request, head=7)
-    expect((done.status, done.length), (OK, 21), "(status, used.len)")
-    direct = ring.do(g.get_id())
-    expect(done.data, direct.data, "what a direct chain answers")
+    ring.served(request, head=7)
+    direct = g.small()
+    ring.serve(direct)
+    expect(
+        g.memory.read(request.data, request.room),
+        g.memory.read(direct.data, direct.room),
+        "what a direct chain answers",
+    )
 
 
 @case("J02", "WRITE on the INDIRECT descriptor means nothing", 'S091 "write-only flag ... is ignored"', TABLE)
 def j02(g: Guest) -> None:
     ring = g.start(28)
-    request = g.get_id()
+    request = g.small()
     ring.table(request.parts, flags=WRITE)
     ring.offer(0)
     ring.kick()
     ring.wait()
-    expect(ring.done(request).status, OK, "status")
+    ring.served(request)
 
 
-def _in_order(
-    ring: Ring, request_parts: list[tuple[int, int, bool]], places: list[int], entries: int, table: int
-) -> None:
+def _in_order(ring: Ring, request_parts: list[Part], places: list[int], entries: int, table: int) -> None:
     """The parts in these places of a table, linked in their order."""
     for n, (gpa, length, writable) in enumerate(request_parts):
         last = n + 1 == len(request_parts)
@@ -637,18 +640,18 @@ def _in_order(
 @case("J04", "in a table `next` is followed: 0, 2, 1", "S091", TABLE)
 def j04(g: Guest) -> None:
     ring = g.start(28)
-    request = g.get_id()
+    request = g.small()
     _in_order(ring, request.parts, [0, 2, 1], 3, g.alloc(48, 16))
     ring.offer(0)
     ring.kick()
     ring.wait()
-    expect((ring.done(request).status, ring.done(request).length), (OK, 21), "(status, used.len)")
+    ring.served(request)
 
 
 @case("J05", "entries of a table that no `next` reaches are not used", "S091", TABLE)
 def j05(g: Guest) -> None:
     ring = g.start(28)
-    request, trap = g.get_id(), g.alloc(PAGE, PAGE)
+    request, trap = g.small(), g.alloc(PAGE, PAGE)
     table = g.alloc(16 * 64, 16)
     for entry in range(64):
         ring.desc(entry, trap, PAGE, WRITE | NEXT, entry, table)
@@ -656,7 +659,7 @@ def j05(g: Guest) -> None:
     ring.offer(0)
     ring.kick()
     ring.wait()
-    expect((ring.done(request).status, ring.done(request).length), (OK, 21), "(status, used.len)")
+    ring.served(request)
     expect(g.memory.read(trap, PAGE), bytes(PAGE), "memory of the entries beside")
 
 
@@ -670,14 +673,14 @@ def broken(g: Guest, ring: Ring, rule: str) -> None:
 @case("J07", "INDIRECT without bit 28 is a ring error", "S091")
 def j07(g: Guest) -> None:
     ring = g.start()
-    ring.table(g.get_id().parts)
+    ring.table(g.small().parts)
     broken(g, ring, "indirect_not_acked")
 
 
 @case("J09", "INDIRECT inside a table is a ring error", 'S091 "can not refer to another"', TABLE)
 def j09(g: Guest) -> None:
     ring = g.start(28)
-    inner = ring.table(g.get_id().parts)
+    inner = ring.table(g.small().parts)
     outer = g.alloc(16, 16)
     ring.desc(0, inner, 48, INDIRECT, 0, outer)
     ring.desc(0, outer, 16, INDIRECT)
@@ -687,7 +690,7 @@ def j09(g: Guest) -> None:
 @case("J10", "INDIRECT and NEXT in one descriptor are a ring error", 'V1L "MUST NOT set both"', TABLE)
 def j10(g: Guest) -> None:
     ring = g.start(28)
-    ring.table(g.get_id().parts, flags=NEXT)
+    ring.table(g.small().parts, flags=NEXT)
     broken(g, ring, "indirect_next")
 
 
@@ -712,7 +715,7 @@ def j11(g: Guest) -> None:
 def j12(g: Guest) -> None:
     ring = g.start(28)
     g.map(FAR_AWAY, PAGE)
-    request = g.get_id()
+    request = g.small()
     ring.chain(request.parts[:2], 0, FAR_AWAY + PAGE - 32)
     rows = ((FAR_AWAY + 16 * PAGE, 48, "table_unmapped"), (FAR_AWAY + PAGE - 32, 48, "table_unmapped"),
             (FAR_AWAY, 0, "table_length"), (FAR_AWAY, 40, "table_length"), ((1 << 64) - 16, 48, "table_unmapped"))  # fmt: skip
@@ -727,16 +730,11 @@ def j13(g: Guest) -> None:
     g.map(FAR_AWAY + PAGE, PAGE)
     g.map(FAR_AWAY, PAGE)  # in the other order in the file: the server must look up both
     ring = g.start(28)
-    request = g.get_id()
     for place in (16, 32):
-        table = FAR_AWAY + PAGE - place
+        request, table = g.small(), FAR_AWAY + PAGE - place
         ring.chain(request.parts, 0, table)
         ring.desc(0, table, 48, INDIRECT)
         ring.offer(0)
         ring.kick()
         ring.wait()
-        expect(
-            (ring.done(request).status, ring.done(request).length),
-            (OK, 21),
-            f"(status, used.len), {place} bytes before",
-        )
+        ring.served(request, what=f", {place} bytes before")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from vpci.check.cases import Need, Wedged, case, claim, expect
-from vpci.check.guest import GET_ID, IN, OK, Guest, Mill
+from vpci.check.cases import DISK, Need, Wedged, case, claim, expect
+from vpci.check.guest import Guest, Mill
 from vpci.check.ring import by_event, by_flags, fence, traffic
+from vpci.check.traffic import IN, OK
 
 EVENT = Need(bits=(28, 29), vectors=2)
 
@@ -15,7 +16,7 @@ def sleepy(g: Guest, mill: Mill, fd: int, total: int, allow: bool) -> None:
     for _ in range(total):
         seen = ring.used_idx
         mill.advance(1)
-        g.post_kick(0)
+        g.post_kick(ring.index)
         if allow:
             ring.set_used_event(seen)
         else:
@@ -53,7 +54,7 @@ def r02(g: Guest) -> None:
     traffic(g, mill, 50_000, 4, by_flags(mill.ring))
 
 
-@case("R04", "data and used.len are whole when used.idx is seen: 3000 reads", "D2", Need(bits=(28,)))
+@case("R04", "data and used.len are whole when used.idx is seen: 3000 reads", "D2", Need(bits=(28,)), subsystem=DISK)
 def r04(g: Guest) -> None:
     ring = g.start(28)
     request = g.request(IN, 0, room=4096)
@@ -63,7 +64,7 @@ def r04(g: Guest) -> None:
         g.memory.write(request.data, bytes([~good[0] & 0xFF, *good[1:-1], ~good[-1] & 0xFF]))
         g.memory.write(request.status, b"\xee")
         ring.offer(0)
-        g.post_kick(0)
+        g.post_kick(ring.index)
         ring.wait()
         done = ring.done(request)
         expect((done.status, done.length), (OK, 4097), "(status, used.len)")
@@ -79,10 +80,9 @@ def r05(g: Guest) -> None:
         ring = g.start(28, msix=True)
         mill = Mill(ring)
         if round_ % 2:
-            request = g.request(IN if round_ % 4 == 1 else GET_ID, 0, room=512)
-            ring.table(request.parts)
+            ring.table((g.traffic.large(g) if round_ % 4 == 1 else g.traffic.small(g)).parts)
         mill.advance(min(ring.q, 64))
-        g.post_kick(0)
+        g.post_kick(ring.index)
         g.write(18, 1, 0)
         g.client.drain(fd)
         used = g.memory.read(ring.base, ring.room(ring.q))

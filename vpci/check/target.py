@@ -22,7 +22,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from vpci.check.cases import DISK, KINDS, Case, Failed, Need, Skipped, Wedged, unfit
+from vpci.check.cases import DISK, KINDS, NET, REQUESTS, Case, Failed, Need, Skipped, Wedged, unfit
+from vpci.check.traffic import TRAFFIC
+from vpci.check.wire import Wire
 from vpci.config import Config
 from vpci.errors import BackendError, VpciError
 
@@ -51,7 +53,9 @@ PLAIN: dict[str, Any] = {
     "features.mask": [],
 }
 #: Keys that only one model has.
-MODEL_KEYS = ("blk.", "console.")
+MODEL_KEYS = ("blk.", "console.", "net.")
+#: Model -> the key for more queues that take requests, and how many vectors each of these takes by itself.
+MANY_QUEUES = {"blk": ("blk.num_queues", 1), "net": ("net.pairs", 2)}
 
 
 class Server(Protocol):
@@ -61,6 +65,7 @@ class Server(Protocol):
     timeout: float
     dialect: str
     image: Path | None
+    wire: Wire | None
 
     @property
     def pid(self) -> int | None: ...
@@ -107,7 +112,7 @@ Attempt = tuple[Case, Need]
 
 
 class ConfigServer:
-    """`vpci serve` on one configuration with keys set; `image` is the file behind the disk.
+    """`vpci serve` on one configuration with keys set; `image` is the file behind a disk, `wire` the far end of ours.
 
     It is started, and serves once `wait_listening` has returned.
     """
@@ -118,6 +123,7 @@ class ConfigServer:
         self.path = str(folder / "check.sock")
         image = sets.get("blk.path") or getattr(config.section, "path", None)
         self.image = Path(image) if image else None
+        self.wire = Wire(sets["net.peer"], sets["net.path"]) if sets.get("net.peer") else None
         self._log = folder / "server.log"
         self._text = b""
         self._errors: list[tuple[int, str]] = []
@@ -146,6 +152,8 @@ class ConfigServer:
             self.process.wait()
         if self.process.stdout:
             self.process.stdout.close()
+        if self.wire:
+            self.wire.close()
 
     def death(self, patience: float = 0) -> str:
         try:
@@ -222,6 +230,8 @@ class ConfigServer:
         while select.select([self.process.stdout], [], [], 0)[0] and self.process.poll() is None:
             self._read_events(0, "")
         self._errors.clear()
+        if self.wire:
+            self.wire.forget()
 
     def _log_tail(self) -> str:
         return self._log.read_text(errors="replace").strip()[-500:]
@@ -245,9 +255,7 @@ class ConfigTarget:
         self._plan = list(attempts)
 
     def server(self, case: Case, need: Need) -> Server:
-        if case.subsystem not in (DISK, self.config.model_type.identity.subsystem_id):  # DISK: `runner` asks the device
-            raise Skipped(unfit(case))
-        found = self._started(fit(self.config, need))
+        found = self._started(self._changes(case, need))
         self._start_ahead(case, need)
         try:
             found.wait_listening()
@@ -255,6 +263,16 @@ class ConfigTarget:
             self.discard(found)
             raise
         found.forget_events()
+        return found
+
+    def _changes(self, case: Case, need: Need) -> dict[str, Any]:
+        """The keys to change for this. Raises Skipped."""
+        model = self.config.model_type
+        if case.subsystem not in (REQUESTS, model.identity.subsystem_id):
+            raise Skipped(unfit(case))
+        found = fit(self.config, need)
+        if model.identity.subsystem_id == NET and (need.wire or not self.in_place):
+            found["net.backend"] = "datagram"
         return found
 
     def _started(self, changes: Mapping[str, Any]) -> ConfigServer:
@@ -269,9 +287,9 @@ class ConfigTarget:
         self._plan = self._plan[passed:]
         if self.in_place:
             return
-        for _, later in self._plan[:AHEAD]:
+        for later in self._plan[:AHEAD]:
             with contextlib.suppress(Skipped):
-                self._started(fit(self.config, later))
+                self._started(self._changes(*later))
 
     def discard(self, server: Server) -> None:
         for key, known in list(self._servers.items()):
@@ -363,12 +381,14 @@ def _fit_queues(config: Config, need: Need, found: dict[str, Any]) -> None:
     if config.queues.max_sg < MIN_MAX_SG and "queues.max_sg" not in need.sets:
         found["queues.max_sg"] = MIN_MAX_SG
     section = config.section
-    n_queues = getattr(section, "num_queues", 1)
+    key, vectors_each = MANY_QUEUES.get(config.model_type.name, MANY_QUEUES["blk"])
+    n_queues = getattr(section, key.split(".")[1], 1)
     if n_queues < need.queues:
-        found["blk.num_queues"] = n_queues = need.queues
+        found[key] = n_queues = need.queues
     vectors = found.get("pci.msix_vectors", config.pci.msix_vectors)
-    if (1 + n_queues if vectors is None else vectors) < need.vectors:
-        found["pci.msix_vectors"] = max(need.vectors, 1 + n_queues)
+    enough = 1 + n_queues * vectors_each
+    if (enough if vectors is None else vectors) < need.vectors:
+        found["pci.msix_vectors"] = max(need.vectors, enough)
     if getattr(section, "read_only", False) and "blk.read_only" not in need.sets:
         found["blk.read_only"] = False
     size = size_of(found.get("blk.size", getattr(section, "size", None)))
@@ -445,6 +465,7 @@ class SocketServer:
         self.path, self.timeout = path, timeout
         self.dialect = ""
         self.image: Path | None = None
+        self.wire: Wire | None = None
         self.pid: int | None = None
 
     def wait_ring_error(self, queue: int, rule: str) -> None:
@@ -475,11 +496,13 @@ class SocketTarget:
                 raise BackendError(path, error, "nobody serves this socket")
 
     def server(self, case: Case, need: Need) -> Server:
-        if case.writes and not self.destructive:
-            raise Skipped(f"it writes to the {KINDS[case.subsystem]}; --destructive allows that")
         if self._facts is None:
             self._facts = Facts.of(self._server)
             self._server.dialect = self._facts.dialect
+        if case.subsystem not in (REQUESTS, self._facts.subsystem):
+            raise Skipped(unfit(case))
+        if case.writes and not self.destructive:
+            raise Skipped(f"it writes to the {KINDS[case.subsystem or DISK]}; --destructive allows that")
         if missing := self._facts.missing(need):
             raise Skipped(f"needs-config: {missing}")
         return self._server
@@ -499,10 +522,10 @@ class SocketTarget:
 
 
 class Facts:
-    """What a socket's device shows: offered bits, queues and their size, MSI-X vectors, sectors."""
+    """What a socket's device shows: subsystem id, offered bits, queues and the size of the first, MSI-X vectors."""
 
-    def __init__(self, offered: int, size: int, queues: int, vectors: int, sectors: int) -> None:
-        self.offered, self.size, self.queues, self.vectors, self.sectors = offered, size, queues, vectors, sectors
+    def __init__(self, subsystem: int, offered: int, size: int, queues: int, vectors: int) -> None:
+        self.subsystem, self.offered, self.size, self.queues, self.vectors = subsystem, offered, size, queues, vectors
 
     @staticmethod
     def of(server: SocketServer) -> Facts:
@@ -511,14 +534,14 @@ class Facts:
 
         guest = Guest(server)
         try:
-            offered, sectors = guest.read(0, 4), int.from_bytes(guest.span(20, 8), "little")
+            offered, size = guest.read(0, 4), guest.read(12, 2)
             queues = next(n for n in range(1 << 16) if not _has_queue(guest, n))
             at = guest.capabilities().get(0x11)
             vectors = (guest.pci(at + 2, 2) & 0x7FF) + 1 if at is not None else 0
             if offered >> 31:
                 guest.write(4, 4, 1 << 31)
                 offered |= guest.read(20, 4) << 32
-            return Facts(offered, guest.size, queues, vectors, sectors)
+            return Facts(guest.pci(0x2E, 2), offered, size, queues, vectors)
         finally:
             guest.close()
 
@@ -532,6 +555,8 @@ class Facts:
         """What the device would have to be, "" when it is."""
         if need.own:
             return "a server of our own"
+        if need.wire:
+            return "the other end of the wire, for a peer that sends frames and looks at them"
         for key, value in need.sets.items():
             if PLAIN.get(key) != value:
                 return set_text(key, value)
@@ -541,8 +566,8 @@ class Facts:
             return f"bits {', '.join(map(str, lacking))} offered"
         if self.size != need.size and (need.size is not None or self.size < need.min_size):
             return f"queues.size={need.size or DEFAULT_QUEUE_SIZE}"
-        if self.queues < need.queues:
-            return f"{need.queues} queues"
+        if self.subsystem in TRAFFIC and self.queues <= TRAFFIC[self.subsystem].queue(need.queues - 1):
+            return f"{need.queues} queues that take requests"
         return f"pci.msix_vectors={need.vectors}" if self.vectors < need.vectors else ""
 
 

@@ -138,8 +138,12 @@ class NetModel(Model):
 
     @classmethod
     def scratch(cls, section: NetSection, folder: Path) -> dict[str, Any]:
-        """No peer, and a capture of its own. A TAP stays one: what it offers depends on the interface."""
-        wire = {"backend": "null", "path": None, "peer": None} if section.backend in ("stream", "datagram") else {}
+        """Sockets and a capture of its own: whoever has the folder is the peer, by datagrams, if there is to be one.
+
+        A TAP stays one: what it offers depends on the interface.
+        """
+        sockets = {"path": str(folder / "wire.sock"), "peer": str(folder / "peer.sock")}
+        wire = {"backend": "datagram", **sockets} if section.backend in ("stream", "datagram") else {}
         return {**wire, "capture": str(folder / "scratch.pcap")} if section.capture else wire
 
     def __init__(self, section: NetSection, queue_size: int | None = None, max_sg: int = 1024) -> None:
