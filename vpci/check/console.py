@@ -7,6 +7,7 @@ at 2, max_nr_ports u32 at 4, emerg_wr u32 at 8. On a server of our own the host'
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -248,19 +249,19 @@ def host(g: Guest, port: int, path: str = "") -> Iterator[Host]:
     """A client of a port's socket. What the port kept from earlier is not handed on."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
         peer.connect(path or g.server.line(port))
-        g.until(lambda: _is_served(g, port), lambda: f"port {port}: the host's side is taken for connected")
         peer.setblocking(False)
-        try:
-            while peer.recv(1 << 16):
-                pass
-        except BlockingIOError:
-            peer.settimeout(g.timeout)
+        g.until(lambda: _is_served(g, port, peer), lambda: f"port {port}: the host's side is taken for connected")
+        peer.settimeout(g.timeout)
         yield Host(g, peer)
 
 
-def _is_served(g: Guest, port: int) -> bool:
+def _is_served(g: Guest, port: int, peer: socket.socket) -> bool:
+    """Whether the port knows of its host, and has nothing more that it kept for it: that is read here."""
     rows = {row["port"]: row for row in g.server.ask("ports")["ports"]}
     claim(port in rows, f"the console has the ports {sorted(rows)}, wanted {port} among them")
+    with contextlib.suppress(BlockingIOError):
+        while peer.recv(1 << 16):
+            pass
     return bool(rows[port]["host_open"] and not rows[port]["backlog"])
 
 
