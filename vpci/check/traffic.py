@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vpci.check.cases import DISK, NET, Skipped, claim, expect
+from vpci.check.cases import CONSOLE, DISK, NET, Skipped, claim, expect
 
 if TYPE_CHECKING:
     from vpci.check.guest import Guest, Part, Request
@@ -19,6 +19,7 @@ OK, IOERR, UNSUPP = 0, 1, 2
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8  # types of a blk request
 SECTOR = 512
 MRG_RXBUF, MQ = 15, 22
+MULTIPORT = 1
 STATION, SENDER = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
 EXPERIMENT = bytes.fromhex("88b5")  # the EtherType for them
 ETHERNET, FRAME_BYTES, SHORT = 14, 60, 13  # a header; a frame; and what is none
@@ -29,10 +30,13 @@ class Traffic:
 
     `used_len` is that of a small one; `several` are the bits without which only one queue takes requests;
     `config_bytes` how long device configuration is, `fixed` (offset, bytes) a field of it that a driver may not write,
-    and `writable` the bytes that it may; `bad_features` what a guest keeps that acks bit 30.
+    and `writable` the bytes that it may; `bad_features` what a guest keeps that acks bit 30; `is_heard`: somebody
+    outside gets to see what a request says; `is_slow`: a hundred thousand of them are more than a check has time for.
     """
 
     used_len = 0
+    is_heard = False
+    is_slow = False
     several: tuple[int, ...] = ()
     config_bytes = 0
     fixed = (0, 0)
@@ -171,7 +175,47 @@ class NetTraffic(Traffic):
         return frame[ETHERNET : ETHERNET + 8]
 
 
-TRAFFIC: dict[int, Traffic] = {DISK: DiskTraffic(), NET: NetTraffic()}
+class ConsoleTraffic(Traffic):
+    """Points that a port says, in three parts; more queues are those of other ports.
+
+    What comes out is looked at by the console's own cases: here nobody reads it.
+    """
+
+    is_heard = True
+    is_slow = True
+    several = (MULTIPORT,)
+    config_bytes = 12
+    fixed = (0, 8)
+
+    def queue(self, n: int = 0) -> int:
+        return 1 if n == 0 else 2 * n + 3
+
+    def small(self, g: Guest) -> Request:
+        return self.text(g, 3)
+
+    def large(self, g: Guest) -> Request:
+        return self.text(g, SECTOR)
+
+    def text(self, g: Guest, n_bytes: int) -> Request:
+        from vpci.check.guest import Request
+
+        data, beside = g.alloc(n_bytes + 2), g.alloc(1)
+        g.memory.write(data, b"." * (n_bytes + 2))
+        g.memory.write(beside, CANARY)
+        parts = [(data, 1, False), (data + 1, n_bytes, False), (data + 1 + n_bytes, 1, False)]
+        return Request(parts, data, data, 0, beside)
+
+    def disordered(self, parts: Sequence[Part], readable: Part) -> list[list[Part]]:
+        first, second, third = parts
+        gpa, length, _ = readable
+        return [[first, (gpa, length, True), second, third], [(gpa, length, True), first, second, third],
+                [first, second, (gpa, length, True), third]]  # fmt: skip
+
+    def expect_refused(self, g: Guest, request: Request, used_len: int, what: str) -> None:
+        expect(used_len, 0, f"used.len{what}")
+
+
+TRAFFIC: dict[int, Traffic] = {DISK: DiskTraffic(), NET: NetTraffic(), CONSOLE: ConsoleTraffic()}
 
 
 def traffic_of(subsystem: int) -> Traffic:
