@@ -9,14 +9,8 @@ from vpci.check.cases import Elsewhere
 
 WHOLE = "a test of vpci's repository"
 CONSOLE = "no console model yet"
-CONSTANT = "a disk of this version never changes its configuration by itself; a test shows it with a model that does"
-ASKED = "a disk changes its size when its control socket is asked, which is no part of the paper"
 
 _ROWS = (
-    ("K07", "a configuration change fires config_vector", "S091", CONSTANT, "tests/check/test_config_change.py::test_a_config_change_fires_the_config_vector"),
-    ("L04", "a configuration change sets ISR bit 1 and asserts INTx", "S091", CONSTANT, "tests/order/test_hot_table.py::test_a_config_change_shows_its_bytes_before_its_interrupt"),
-    ("L05", "ISR is 3 for a completion and a configuration change; one read clears both", 'S091 "single interrupt can indicate both"', CONSTANT, "tests/faults/test_cases.py::test_isr_keeps_both_bits"),
-    ("M04", "a disk that grows: the bytes change, then the configuration interrupt", "S091; D9", ASKED, "tests/disk/test_resize.py::test_the_new_capacity_can_be_read_when_the_interrupt_comes"),
     ("M11", "cols, rows and max_nr_ports as configured", "S091", CONSOLE, ""),
     ("M12", "emerg_wr prints before any ack", "V1L emerg_wr", CONSOLE, ""),
     ("M13", "emerg_wr in four single bytes prints one character", "V1L; REC", CONSOLE, ""),
