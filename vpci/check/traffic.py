@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vpci.check.cases import CONSOLE, DISK, NET, Skipped, claim, expect
 
@@ -25,6 +25,14 @@ EXPERIMENT = bytes.fromhex("88b5")  # the EtherType for them
 ETHERNET, FRAME_BYTES, SHORT = 14, 60, 13  # a header; a frame; and what is none
 
 
+class Change(NamedTuple):
+    """What the control socket is asked, and the configuration bytes that follow from it."""
+
+    ask: tuple[str, ...]
+    off: int
+    data: bytes
+
+
 class Traffic:
     """Requests of a kind of device. `small` and `large` have three parts, and are served at once.
 
@@ -32,6 +40,7 @@ class Traffic:
     `config_bytes` how long device configuration is, `fixed` (offset, bytes) a field of it that a driver may not write,
     and `writable` the bytes that it may; `bad_features` what a guest keeps that acks bit 30; `is_heard`: somebody
     outside gets to see what a request says; `is_slow`: a hundred thousand of them are more than a check has time for.
+    `changes` alters configuration from outside and back, for a driver with the bits `told`.
     """
 
     used_len = 0
@@ -42,6 +51,8 @@ class Traffic:
     fixed = (0, 0)
     writable = range(0)
     bad_features = 0
+    told: tuple[int, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     def queue(self, n: int = 0) -> int:
         """The n-th of the queues that take requests."""
@@ -83,6 +94,7 @@ class DiskTraffic(Traffic):
     used_len = 21
     config_bytes = 72
     fixed = (0, 8)
+    changes = tuple(Change(("resize", f"{n}M"), 0, (n * 2048).to_bytes(8, "little")) for n in (4, 3))
 
     def small(self, g: Guest) -> Request:
         return g.get_id()
@@ -119,6 +131,8 @@ class NetTraffic(Traffic):
     fixed = (6, 6)
     writable = range(6)  # the address
     bad_features = 0x3821  # MAC, CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN
+    told = (16,)
+    changes = (Change(("link", "down"), 6, b"\0\0"), Change(("link", "up"), 6, b"\1\0"))
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -183,6 +197,11 @@ class ConsoleTraffic(Traffic):
 
     is_heard = True
     is_slow = True
+    told = (0,)
+    changes = tuple(
+        Change(("resize", str(cols), str(rows)), 0, cols.to_bytes(2, "little") + rows.to_bytes(2, "little"))
+        for cols, rows in ((132, 43), (80, 24))
+    )
     several = (MULTIPORT,)
     config_bytes = 12
     fixed = (0, 8)
