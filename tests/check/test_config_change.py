@@ -1,4 +1,4 @@
-"""K07: what `vpci check` cannot do from outside, for a disk never changes its configuration by itself."""
+"""K07 with a model that changes its configuration by itself; `vpci check` asks the control socket."""
 
 from __future__ import annotations
 

@@ -1,9 +1,14 @@
-"""Group M: what device configuration says of a disk, and that no read mixes two maps."""
+"""Group M: what device configuration says of a disk, how changes of it are told, and that no read mixes two maps."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Generator
+from contextlib import closing
+
 from vpci.check.cases import DISK, Need, case, claim, expect
 from vpci.check.guest import CONFIG, Guest
+from vpci.check.traffic import Change
 
 BIT_31 = 1 << 31
 #: (offset, bytes, feature bit) of each field that a bit governs; the paper's table of blk.
@@ -13,6 +18,36 @@ GOVERNED = (
     (56, 1, 14), (60, 4, 16), (64, 4, 16), (68, 4, 16),
 )  # fmt: skip
 UNUSED = ((33, 1), (57, 3))
+#: For each kind whose configuration can be changed from outside: a server of its own, on a scratch backend.
+CHANGING = tuple(
+    Need(own=True, vectors=2, sets=sets)
+    for sets in ({"blk.size": "3M"}, {"net.mtu": 1500}, {"console.cols": 80, "console.rows": 24})
+)
+
+
+def changes(g: Guest) -> Generator[Change, None, None]:
+    """There and back, and back whatever becomes of the case; use it in closing()."""
+    try:
+        yield from g.traffic.changes
+    finally:
+        g.server.ask(*g.traffic.changes[-1].ask)
+
+
+def bytes_then_interrupt(g: Guest) -> None:
+    """Of each change the new bytes are there when the configuration interrupt comes."""
+    fd = g.vector(0)
+    g.start(*g.traffic.told, msix=True)
+    with closing(changes(g)) as each:
+        for change in each:
+            what = " ".join(change.ask)
+            asking = threading.Thread(target=g.server.ask, args=change.ask)
+            asking.start()
+            came = g.client.wait(fd, g.timeout)
+            got = g.span(24 + change.off, len(change.data))
+            asking.join()
+            claim(came, f"no configuration interrupt after {what}")
+            expect(got, change.data, f"configuration at {change.off} when the interrupt of {what} came")
+            g.interrupts(fd, 1, f"of {what}")
 
 
 @case("M01", "a disk of 1 GiB has 0x200000 sectors", "S091", Need(sets={"blk.size": "1G"}), subsystem=DISK)
@@ -56,6 +91,17 @@ def m03(g: Guest) -> None:
         queues = int.from_bytes(whole[34:36], "little")
         g.select(queues - 1)
         claim(g.read(12, 2), f"num_queues is {queues}, and the last of them is not there")
+
+
+@case(
+    "M04",
+    "a disk that grows: the bytes change, then the configuration interrupt",
+    "S091; D9",
+    CHANGING[0],
+    subsystem=DISK,
+)
+def m04(g: Guest) -> None:
+    bytes_then_interrupt(g)
 
 
 @case("M15", "while m is toggled a read gives one map or the other, never a mix", "REC", Need(bits=(31,), vectors=2))

@@ -8,14 +8,8 @@ from __future__ import annotations
 from vpci.check.cases import Elsewhere
 
 WHOLE = "a test of vpci's repository"
-CONSTANT = "a disk of this version never changes its configuration by itself; a test shows it with a model that does"
-ASKED = "a disk changes its size when its control socket is asked, which is no part of the paper"
 
 _ROWS = (
-    ("K07", "a configuration change fires config_vector", "S091", CONSTANT, "tests/check/test_config_change.py::test_a_config_change_fires_the_config_vector"),
-    ("L04", "a configuration change sets ISR bit 1 and asserts INTx", "S091", CONSTANT, "tests/order/test_hot_table.py::test_a_config_change_shows_its_bytes_before_its_interrupt"),
-    ("L05", "ISR is 3 for a completion and a configuration change; one read clears both", 'S091 "single interrupt can indicate both"', CONSTANT, "tests/faults/test_cases.py::test_isr_keeps_both_bits"),
-    ("M04", "a disk that grows: the bytes change, then the configuration interrupt", "S091; D9", ASKED, "tests/disk/test_resize.py::test_the_new_capacity_can_be_read_when_the_interrupt_comes"),
     ("Q20", "a million random ring images under sanitizers: no crash, leak, or write outside writable buffers and the used ring", "REC", WHOLE, "tests/stress/test_images.py::test_a_million_random_ring_images"),
     ("R03", "without their fences R01 and R02 can fail", "REC", WHOLE, "tests/stress/test_stress.py::test_without_its_fence_a_wake_up_is_lost_and_seen"),
     ("S01", "Linux 6.1 on QEMU uses disk, network and console; it takes neither 30 nor 31", "TRACE", WHOLE, "tests/guest/test_several.py::test_linux_takes_from_each_what_it_knows"),

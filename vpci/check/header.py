@@ -754,13 +754,14 @@ def d11(g: Guest) -> None:
     g.map(FAR_AWAY, PAGE)
     g.client.dma_unmap(FAR_AWAY, PAGE)
     before = _held(g)
+    several = sum(1 << bit for bit in g.traffic.several)
     for _ in range(20):
         g.remap(FAR_AWAY, PAGE)
         g.client.dma_unmap(FAR_AWAY, PAGE)
     for _ in range(1000):
         g._next = place
         g.msix(random_.random() < 0.5)
-        g.write(4, 4, random_.choice((0, 1 << 28, 1 << 29, 3 << 28)))
+        g.write(4, 4, random_.choice((0, 1 << 28, 1 << 29, 3 << 28)) | several)
         ring = g.ring(g.traffic.queue(random_.randrange(2)))
         if random_.random() < 0.1:
             ring.works()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from vpci.check.cases import Need, case, claim, expect
+from vpci.check.config import CHANGING, changes
 from vpci.check.guest import Guest, Mill
 
 MSIX = Need(vectors=2)
@@ -117,6 +120,24 @@ def k06(g: Guest) -> None:
     rings[1].works()
     g.interrupts(fds[2], 1, "of queue 1 with a vector of its own")
     expect([g.client.drain(fds[0]), g.client.drain(fds[1])], [0, 0], "interrupts of the others")
+
+
+@case("K07", "a configuration change fires config_vector", "S091", *CHANGING)
+def k07(g: Guest) -> None:
+    fds = [g.vector(0), g.vector(1)]
+    g.start(*g.traffic.told, msix=True)
+    with closing(changes(g)) as each:
+        for change in each:
+            g.server.ask(*change.ask)
+            g.interrupts(fds[0], 1, f"of {' '.join(change.ask)}")
+    expect(g.client.drain(fds[1]), 0, "interrupts of the queue's vector")
+    expect(g.read(19, 1), 0, "ISR")
+    g.write(20, 2, 0xFFFF)
+    with closing(changes(g)) as each:
+        for change in each:
+            g.server.ask(*change.ask)
+    g.interrupts(fds[0], 0, "without a vector")
+    expect(g.client.drain(fds[1]), 0, "interrupts of the queue's vector")
 
 
 @case("K08", "MSI-X Enable moves configuration from 20 to 24; vectors are 0xffff", "S091 offsets 20/24", MSIX)
@@ -277,6 +298,38 @@ def l03(g: Guest) -> None:
         expect((level(g), g.read(19, 1)), (True, 1), "(Interrupt Status, ISR)")
         expect((level(g), g.read(19, 1)), (False, 0), "(Interrupt Status, ISR) afterwards")
         g.client.irq_unmask(0)
+
+
+@case("L04", "a configuration change sets ISR bit 1 and asserts INTx", "S091", *CHANGING)
+def l04(g: Guest) -> None:
+    fd = g.intx()
+    g.start(*g.traffic.told)
+    with closing(changes(g)) as each:
+        for change in each:
+            g.server.ask(*change.ask)
+            g.interrupts(fd, 1, f"INTx of {' '.join(change.ask)}")
+            expect((level(g), g.read(19, 1)), (True, 2), "(Interrupt Status, ISR)")
+            expect((level(g), g.read(19, 1)), (False, 0), "(Interrupt Status, ISR) afterwards")
+            g.client.irq_unmask(0)
+
+
+@case(
+    "L05",
+    "ISR is 3 for a completion and a configuration change; one read clears both",
+    'S091 "single interrupt can indicate both"',
+    *CHANGING,
+)
+def l05(g: Guest) -> None:
+    ring = g.start(*g.traffic.told)
+    with closing(changes(g)) as each:
+        for completion_first, change in enumerate(each):
+            if completion_first:
+                ring.serve(g.traffic.cheap(g))
+            g.server.ask(*change.ask)
+            if not completion_first:
+                ring.serve(g.traffic.cheap(g))
+            g.settle()
+            expect((g.read(19, 1), g.read(19, 1)), (3, 0), "ISR, read twice")
 
 
 @case("L06", "a suppressed completion leaves ISR 0", "S091", Need(bits=(28,)), Need(bits=(28, 29)))

@@ -55,17 +55,21 @@ PLAIN: dict[str, Any] = {
 #: Keys that only one model has.
 MODEL_KEYS = ("blk.", "console.", "net.")
 #: Model -> the key for more queues that take requests, and how many vectors each of these takes by itself.
-MANY_QUEUES = {"blk": ("blk.num_queues", 1), "net": ("net.pairs", 2)}
+MANY_QUEUES = {"blk": ("blk.num_queues", 1), "net": ("net.pairs", 2), "console": ("console.port", 0)}
 
 
 class Server(Protocol):
-    """A server that a guest can be connected to. `dialect` is "" where nobody knows."""
+    """A server that a guest can be connected to. `dialect` is "" where nobody knows.
+
+    `may_write`: what is behind the device may be written to.
+    """
 
     path: str
     timeout: float
     dialect: str
     image: Path | None
     wire: Wire | None
+    may_write: bool
 
     @property
     def pid(self) -> int | None: ...
@@ -116,6 +120,8 @@ class ConfigServer:
 
     It is started, and serves once `wait_listening` has returned.
     """
+
+    may_write = True
 
     def __init__(self, config: Config, sets: Mapping[str, Any], folder: Path, timeout: float) -> None:
         self.config, self.sets, self.timeout = config, sets, timeout
@@ -373,7 +379,7 @@ def _fit_dialect(config: Config, need: Need, found: dict[str, Any]) -> None:
 
 
 def _fit_queues(config: Config, need: Need, found: dict[str, Any]) -> None:
-    now = config.queues.size or DEFAULT_QUEUE_SIZE
+    now = config.queues.size or config.model_type.default_queue_size
     if need.size is not None and now != need.size:
         found["queues.size"] = need.size
     elif need.size is None and now < need.min_size:
@@ -382,9 +388,10 @@ def _fit_queues(config: Config, need: Need, found: dict[str, Any]) -> None:
         found["queues.max_sg"] = MIN_MAX_SG
     section = config.section
     key, vectors_each = MANY_QUEUES.get(config.model_type.name, MANY_QUEUES["blk"])
-    n_queues = getattr(section, key.split(".")[1], 1)
+    n_queues = _n_queues(section, key)
     if n_queues < need.queues:
-        found[key] = n_queues = need.queues
+        found |= _more_queues(key, need.queues)
+        n_queues = need.queues
     vectors = found.get("pci.msix_vectors", config.pci.msix_vectors)
     enough = 1 + n_queues * vectors_each
     if (enough if vectors is None else vectors) < need.vectors:
@@ -394,6 +401,18 @@ def _fit_queues(config: Config, need: Need, found: dict[str, Any]) -> None:
     size = size_of(found.get("blk.size", getattr(section, "size", None)))
     if hasattr(section, "size") and 0 < size < MIN_DISK_BYTES:
         found["blk.size"] = MIN_DISK_BYTES
+
+
+def _n_queues(section: Any, key: str) -> int:
+    """Queues that take requests; those of a console are one for each port that is there."""
+    found = getattr(section, key.split(".")[1], 1)
+    return found if isinstance(found, int) else 1 + len(found) * (section.multiport is not False)
+
+
+def _more_queues(key: str, n_queues: int) -> dict[str, Any]:
+    if key != "console.port":
+        return {key: n_queues}
+    return {key: [{}] * (n_queues - 1), "console.ports": n_queues, "console.multiport": True}
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -461,8 +480,8 @@ def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
 class SocketServer:
     """Somebody's server: nothing is known of it but what it shows."""
 
-    def __init__(self, path: str, timeout: float) -> None:
-        self.path, self.timeout = path, timeout
+    def __init__(self, path: str, timeout: float, may_write: bool) -> None:
+        self.path, self.timeout, self.may_write = path, timeout, may_write
         self.dialect = ""
         self.image: Path | None = None
         self.wire: Wire | None = None
@@ -489,7 +508,7 @@ class SocketTarget:
 
     def __init__(self, path: str, timeout: float, destructive: bool = False) -> None:
         self.name, self.destructive = path, destructive
-        self._server = SocketServer(path, timeout)
+        self._server = SocketServer(path, timeout, destructive)
         self._facts: Facts | None = None
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             if error := probe.connect_ex(path):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from vpci.check.cases import DISK, NET, Skipped, claim, expect
+from vpci.check.cases import CONSOLE, DISK, NET, Skipped, claim, expect
 
 if TYPE_CHECKING:
     from vpci.check.guest import Guest, Part, Request
@@ -19,9 +19,18 @@ OK, IOERR, UNSUPP = 0, 1, 2
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8  # types of a blk request
 SECTOR = 512
 MRG_RXBUF, MQ = 15, 22
+MULTIPORT = 1
 STATION, SENDER = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
 EXPERIMENT = bytes.fromhex("88b5")  # the EtherType for them
 ETHERNET, FRAME_BYTES, SHORT = 14, 60, 13  # a header; a frame; and what is none
+
+
+class Change(NamedTuple):
+    """What the control socket is asked, and the configuration bytes that follow from it."""
+
+    ask: tuple[str, ...]
+    off: int
+    data: bytes
 
 
 class Traffic:
@@ -29,15 +38,21 @@ class Traffic:
 
     `used_len` is that of a small one; `several` are the bits without which only one queue takes requests;
     `config_bytes` how long device configuration is, `fixed` (offset, bytes) a field of it that a driver may not write,
-    and `writable` the bytes that it may; `bad_features` what a guest keeps that acks bit 30.
+    and `writable` the bytes that it may; `bad_features` what a guest keeps that acks bit 30; `is_heard`: somebody
+    outside gets to see what a request says; `is_slow`: a hundred thousand of them are more than a check has time for.
+    `changes` alters configuration from outside and back, for a driver with the bits `told`.
     """
 
     used_len = 0
+    is_heard = False
+    is_slow = False
     several: tuple[int, ...] = ()
     config_bytes = 0
     fixed = (0, 0)
     writable = range(0)
     bad_features = 0
+    told: tuple[int, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     def queue(self, n: int = 0) -> int:
         """The n-th of the queues that take requests."""
@@ -79,6 +94,7 @@ class DiskTraffic(Traffic):
     used_len = 21
     config_bytes = 72
     fixed = (0, 8)
+    changes = tuple(Change(("resize", f"{n}M"), 0, (n * 2048).to_bytes(8, "little")) for n in (4, 3))
 
     def small(self, g: Guest) -> Request:
         return g.get_id()
@@ -115,6 +131,8 @@ class NetTraffic(Traffic):
     fixed = (6, 6)
     writable = range(6)  # the address
     bad_features = 0x3821  # MAC, CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN
+    told = (16,)
+    changes = (Change(("link", "down"), 6, b"\0\0"), Change(("link", "up"), 6, b"\1\0"))
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -171,7 +189,52 @@ class NetTraffic(Traffic):
         return frame[ETHERNET : ETHERNET + 8]
 
 
-TRAFFIC: dict[int, Traffic] = {DISK: DiskTraffic(), NET: NetTraffic()}
+class ConsoleTraffic(Traffic):
+    """Points that a port says, in three parts; more queues are those of other ports.
+
+    What comes out is looked at by the console's own cases: here nobody reads it.
+    """
+
+    is_heard = True
+    is_slow = True
+    told = (0,)
+    changes = tuple(
+        Change(("resize", str(cols), str(rows)), 0, cols.to_bytes(2, "little") + rows.to_bytes(2, "little"))
+        for cols, rows in ((132, 43), (80, 24))
+    )
+    several = (MULTIPORT,)
+    config_bytes = 12
+    fixed = (0, 8)
+
+    def queue(self, n: int = 0) -> int:
+        return 1 if n == 0 else 2 * n + 3
+
+    def small(self, g: Guest) -> Request:
+        return self.text(g, 3)
+
+    def large(self, g: Guest) -> Request:
+        return self.text(g, SECTOR)
+
+    def text(self, g: Guest, n_bytes: int) -> Request:
+        from vpci.check.guest import Request
+
+        data, beside = g.alloc(n_bytes + 2), g.alloc(1)
+        g.memory.write(data, b"." * (n_bytes + 2))
+        g.memory.write(beside, CANARY)
+        parts = [(data, 1, False), (data + 1, n_bytes, False), (data + 1 + n_bytes, 1, False)]
+        return Request(parts, data, data, 0, beside)
+
+    def disordered(self, parts: Sequence[Part], readable: Part) -> list[list[Part]]:
+        first, second, third = parts
+        gpa, length, _ = readable
+        return [[first, (gpa, length, True), second, third], [(gpa, length, True), first, second, third],
+                [first, second, (gpa, length, True), third]]  # fmt: skip
+
+    def expect_refused(self, g: Guest, request: Request, used_len: int, what: str) -> None:
+        expect(used_len, 0, f"used.len{what}")
+
+
+TRAFFIC: dict[int, Traffic] = {DISK: DiskTraffic(), NET: NetTraffic(), CONSOLE: ConsoleTraffic()}
 
 
 def traffic_of(subsystem: int) -> Traffic:
