@@ -11,6 +11,7 @@ from vpci.check.cases import (
     BAD,
     CASES,
     GROUPS,
+    REQUESTS,
     Case,
     Elsewhere,
     Failed,
@@ -130,7 +131,7 @@ class Runner:
             server = self.target.server(case, need)
             guest = Guest(server, need)
             try:
-                if case.id not in ANY_MODEL:
+                if case.subsystem == REQUESTS and case.id not in ANY_MODEL:
                     traffic_of(guest.pci(0x2E, 2))
                 case.run(guest)
             finally:

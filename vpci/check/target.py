@@ -363,7 +363,7 @@ def _fit_dialect(config: Config, need: Need, found: dict[str, Any]) -> None:
 
 
 def _fit_queues(config: Config, need: Need, found: dict[str, Any]) -> None:
-    now = config.queues.size or DEFAULT_QUEUE_SIZE
+    now = config.queues.size or config.model_type.default_queue_size
     if need.size is not None and now != need.size:
         found["queues.size"] = need.size
     elif need.size is None and now < need.min_size:
