@@ -127,7 +127,7 @@ def test_our_network_interface_passes_every_case_that_is_run(transport, tmp_path
 
 def test_what_is_asked_of_every_device_is_more_than_what_is_asked_of_disks():
     """So that no ring case is forgotten behind a disk's word; these are about what only a disk has."""
-    assert {id for id in OF_DISKS if id[0] not in "NM"} == {"Q10", "Q16", "R04"}
+    assert {id for id in OF_DISKS if id[0] not in "NM"} == {"Q10", "Q16"}
     assert {id for id in paper() if id[0] == "O" or id in ("M06", "M07", "M08", "M09", "M10")} == OF_NETS
 
 

@@ -12,7 +12,7 @@ from tests.doubles import blk_config
 from vpci import config
 from vpci.check.cases import Case, Need
 from vpci.check.guest import Guest
-from vpci.check.target import ConfigTarget
+from vpci.check.target import ConfigTarget, fit
 from vpci.errors import VpciError
 
 CASE = Case("A01", "a case", "REC", lambda guest: None)
@@ -57,3 +57,18 @@ def test_a_server_that_does_not_start_is_the_matter_of_its_own_case(tmp_path: Pa
         with pytest.raises(VpciError, match=r"queues\.size"):
             target.server(CASE, wrong)
         Guest(target.server(CASE, Need(size=8))).close()
+
+
+@pytest.mark.parametrize(("model", "changed"), [("blk", {}), ("net", {}), ("console", {"queues.size": 256})])
+def test_a_queue_size_is_changed_where_the_models_own_is_another(model: str, changed: dict[str, int]) -> None:
+    found = config.load(Path(__file__).parents[2] / "configs" / f"{model}.toml")
+    assert fit(found, Need(size=256)) == changed
+
+
+@pytest.mark.parametrize(
+    ("model", "changed"), [("blk", {"blk.num_queues": 2}), ("net", {"net.pairs": 2, "pci.msix_vectors": 6})]
+)
+def test_more_queues_that_take_requests_are_pairs_of_a_network_interface(model: str, changed: dict[str, int]) -> None:
+    found = config.load(Path(__file__).parents[2] / "configs" / f"{model}.toml")
+    vectors = changed.get("pci.msix_vectors", 3)
+    assert fit(found, Need(queues=2, vectors=vectors)) == changed

@@ -211,6 +211,19 @@ class Ring:
         load, _ = self.memory.word(self.used + 2)
         self.guest.until(lambda: load() == goal, lambda: f"queue {self.index}: used.idx {load():#x}, wanted {goal:#x}")
 
+    def go(self, *heads: int) -> None:
+        """Offer, doorbell, and wait for all of them."""
+        self.offer(*heads)
+        self.kick()
+        self.wait()
+
+    def breaks(self, rule: str, *heads: int) -> Ring:
+        """These heads must be a ring error by this rule; the queue with another ring."""
+        self.offer(*heads)
+        self.kick()
+        self.guest.ring_error(self, rule)
+        return self.guest.ring(self.index)
+
     def still(self, what: str, idx: int | None = None) -> None:
         """Nothing was used beyond `idx` (else: what was used before this call stays so)."""
         goal = self.used_idx if idx is None else idx

@@ -510,9 +510,7 @@ def h13(g: Guest) -> None:
     ring = g.start()
     heads = [3 * n for n in (4, 0, 3, 1, 2)]
     for head in heads:
-        ring.offer(ring.chain(g.small().parts, head))
-    ring.kick()
-    ring.wait()
+        ring.go(ring.chain(g.small().parts, head))
     expect([ring.element(n)[0] for n in range(5)], heads, "ids of the used entries")
 
 
@@ -574,9 +572,7 @@ def i05(g: Guest) -> None:
     ring.set_flags(1)
     for round_ in range(20):
         for head in (0, 2, 4):
-            ring.offer(ring.chain(g.traffic.slow(g).parts, head))
-        ring.kick()
-        ring.wait()
+            ring.go(ring.chain(g.traffic.slow(g).parts, head))
         claim(
             g.client.wait(fd, g.timeout),
             f"round {round_}: no interrupt although the queue is empty and nothing in flight",
@@ -604,9 +600,7 @@ def j01(g: Guest) -> None:
     ring = g.start(28)
     request = g.small()
     ring.table(request.parts, head=7)
-    ring.offer(7)
-    ring.kick()
-    ring.wait()
+    ring.go(7)
     ring.served(request, head=7)
     direct = g.small()
     ring.serve(direct)
@@ -622,9 +616,7 @@ def j02(g: Guest) -> None:
     ring = g.start(28)
     request = g.small()
     ring.table(request.parts, flags=WRITE)
-    ring.offer(0)
-    ring.kick()
-    ring.wait()
+    ring.go(0)
     ring.served(request)
 
 
@@ -642,9 +634,7 @@ def j04(g: Guest) -> None:
     ring = g.start(28)
     request = g.small()
     _in_order(ring, request.parts, [0, 2, 1], 3, g.alloc(48, 16))
-    ring.offer(0)
-    ring.kick()
-    ring.wait()
+    ring.go(0)
     ring.served(request)
 
 
@@ -656,25 +646,16 @@ def j05(g: Guest) -> None:
     for entry in range(64):
         ring.desc(entry, trap, PAGE, WRITE | NEXT, entry, table)
     _in_order(ring, request.parts, [0, 5, 63], 64, table)
-    ring.offer(0)
-    ring.kick()
-    ring.wait()
+    ring.go(0)
     ring.served(request)
     expect(g.memory.read(trap, PAGE), bytes(PAGE), "memory of the entries beside")
-
-
-def broken(g: Guest, ring: Ring, rule: str) -> None:
-    """Head 0 as it is written must be a ring error."""
-    ring.offer(0)
-    ring.kick()
-    g.ring_error(ring, rule)
 
 
 @case("J07", "INDIRECT without bit 28 is a ring error", "S091")
 def j07(g: Guest) -> None:
     ring = g.start()
     ring.table(g.small().parts)
-    broken(g, ring, "indirect_not_acked")
+    ring.breaks("indirect_not_acked", 0)
 
 
 @case("J09", "INDIRECT inside a table is a ring error", 'S091 "can not refer to another"', TABLE)
@@ -684,14 +665,14 @@ def j09(g: Guest) -> None:
     outer = g.alloc(16, 16)
     ring.desc(0, inner, 48, INDIRECT, 0, outer)
     ring.desc(0, outer, 16, INDIRECT)
-    broken(g, ring, "indirect_nested")
+    ring.breaks("indirect_nested", 0)
 
 
 @case("J10", "INDIRECT and NEXT in one descriptor are a ring error", 'V1L "MUST NOT set both"', TABLE)
 def j10(g: Guest) -> None:
     ring = g.start(28)
     ring.table(g.small().parts, flags=NEXT)
-    broken(g, ring, "indirect_next")
+    ring.breaks("indirect_next", 0)
 
 
 @case("J11", "in a table a `next` outside it, and a loop, are ring errors, in bounded time", "QEMU", TABLE)
@@ -702,8 +683,7 @@ def j11(g: Guest) -> None:
         for entry in range(entries):
             ring.desc(entry, buffer, 16, NEXT, entry + 1 if entry + 1 < entries else next_, table)
         ring.desc(0, table, 16 * entries, INDIRECT)
-        broken(g, ring, rule)
-        ring = g.ring()
+        ring = ring.breaks(rule, 0)
 
 
 @case(
@@ -721,8 +701,7 @@ def j12(g: Guest) -> None:
             (FAR_AWAY, 0, "table_length"), (FAR_AWAY, 40, "table_length"), ((1 << 64) - 16, 48, "table_unmapped"))  # fmt: skip
     for addr, length, rule in rows:
         ring.desc(0, addr, length, INDIRECT)
-        broken(g, ring, rule)
-        ring = g.ring()
+        ring = ring.breaks(rule, 0)
 
 
 @case("J13", "a table across two adjacent DMA regions is served", "REC", TABLE)
@@ -734,7 +713,5 @@ def j13(g: Guest) -> None:
         request, table = g.small(), FAR_AWAY + PAGE - place
         ring.chain(request.parts, 0, table)
         ring.desc(0, table, 48, INDIRECT)
-        ring.offer(0)
-        ring.kick()
-        ring.wait()
+        ring.go(0)
         ring.served(request, what=f", {place} bytes before")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vpci.check.cases import DISK, Need, Wedged, case, claim, expect
+from vpci.check.cases import NET, Need, Skipped, Wedged, case, claim, expect
 from vpci.check.guest import Guest, Mill
+from vpci.check.net import Nic, frame
 from vpci.check.ring import by_event, by_flags, fence, traffic
 from vpci.check.traffic import IN, OK
 
@@ -54,8 +55,27 @@ def r02(g: Guest) -> None:
     traffic(g, mill, 50_000, 4, by_flags(mill.ring))
 
 
-@case("R04", "data and used.len are whole when used.idx is seen: 3000 reads", "D2", Need(bits=(28,)), subsystem=DISK)
+@case("R04", "data and used.len are whole when used.idx is seen: 3000 reads, or frames", "D2", Need(bits=(28,)))
 def r04(g: Guest) -> None:
+    if g.pci(0x2E, 2) == NET:
+        _frames_are_whole(g)
+    else:
+        _reads_are_whole(g)
+
+
+def _frames_are_whole(g: Guest) -> None:
+    if g.server.wire is None:
+        raise Skipped("needs-config: the other end of the wire")
+    nic = Nic(g)
+    for mark in range(3000):
+        if mark % 32 == 0:
+            nic.post_many()
+        whole = frame(size=1514, mark=mark)
+        nic.wire.send(whole, g.timeout)
+        expect(nic.received(), whole, f"frame {mark} when used.idx told of it")
+
+
+def _reads_are_whole(g: Guest) -> None:
     ring = g.start(28)
     request = g.request(IN, 0, room=4096)
     ring.chain(request.parts)
