@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import struct
 
 import pytest
@@ -39,6 +40,7 @@ class Pairs:
     def __init__(self, rig, room: int = 128, *, use: bool = True) -> None:
         self.rig = rig
         self.seen = [0] * PAIRS
+        self.all: list[bytes] = []
         rig.device.restart(FEATURES, msix=0, queues=QUEUES)
         self.gpas = [rig.memory.alloc(256 * ROOM) for _ in range(PAIRS)]
         for pair in range(PAIRS if room else 0):
@@ -68,6 +70,18 @@ class Pairs:
         before = sum(self.seen)
         assert self.rig.device.wait_until(lambda: sum(ring.used_idx for ring in rings) >= before + n, WAIT_S), self.seen
         return [self._new(pair, ring) for pair, ring in enumerate(rings)]
+
+    def post_all(self, rng: random.Random) -> bool:
+        """A few more buffers somewhere, for frames that wait; always False."""
+        pair = rng.randrange(PAIRS)
+        if len(self.rig.device.queues[2 * pair].free) > 4:
+            self.post(pair, 4)
+        return False
+
+    def count(self, data: bytes) -> int:
+        """How often this frame came so far, on any pair."""
+        self.all += [frame for frames in self.got(0) for frame in frames]
+        return self.all.count(data)
 
     def _new(self, pair: int, ring) -> list[bytes]:
         entries = [ring.used_elem(n) for n in range(self.seen[pair], ring.used_idx)]
