@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 
-from tests.net.rig import CSUM, CTRL, MRG, RX, WAIT_S, frame, header
+from tests.net.rig import CSUM, CTRL, MRG, RX, WAIT_S, StreamEnd, frame, header
+from tests.net.test_pairs import FEATURES, FLOWS, PAIRS, Pairs, ip_frame
 
 FRAMES = [frame(size=size, fill=n) for n, size in enumerate((14, 60, 1514))]
 
@@ -66,3 +70,28 @@ def test_a_peer_that_goes_while_its_frame_is_delivered_is_survived(wired):
     rig.wait_stats(lost=1)
     rig.start(MRG, buffers=4)
     assert rig.stats()["failures"] == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pairs_share_frames_while_resets_and_peers_come_and_go(wired, seed):
+    rng = random.Random(seed)
+    rig, end = wired(f"net.pairs={PAIRS}", features=FEATURES, shared=False, driver=False)
+    for _ in range(3):
+        driver = Pairs(rig, room=rng.choice([0, 3, 64]))
+        for number in range(rng.randrange(60)):
+            end.send(ip_frame(rng.randrange(40), 80, number))
+            if rng.random() < 0.3:
+                driver.send(rng.randrange(PAIRS), ip_frame(rng.randrange(40), 80, reply=True))
+            if rng.random() < 0.05:
+                driver.use(rng.randrange(1, PAIRS + 1))
+        if rng.random() < 0.7:
+            end.close()
+            assert rig.device.wait_until(lambda now=driver: not rig.model.carrier or now.post_all(rng), WAIT_S)
+            end = StreamEnd.connected(Path(rig.model.wire.path))
+            assert rig.device.wait_until(lambda: rig.model.carrier, WAIT_S)
+    driver = Pairs(rig)
+    end.send(*(ip_frame(port, 80, 999) for port in FLOWS))
+    assert rig.device.wait_until(lambda: driver.count(ip_frame(FLOWS[-1], 80, 999)) == 1, WAIT_S)
+    assert rig.stats()["failures"] == 0
+    assert not [report for report in rig.reports if report.event.startswith("drain")]
+    end.close()

@@ -42,6 +42,8 @@ def test_any_chains_on_any_queue_leave_the_device_sound(wired, seed):
     end.socket.setblocking(False)
     for _ in range(3):
         rig.device.restart(ALL if seed % 2 else ALL & ~MQ, msix=0, queues=(0, 1, 2, 3, 4))
+        if seed % 2:
+            rig.raw(4, (b"\4\0\2\0", False), (1, True))  # frames are steered
         data = rig.memory.alloc(16384)
         for _ in range(CHAINS):
             rig.memory.write(data + rng.randrange(4096), random_bytes(rng))
@@ -52,7 +54,8 @@ def test_any_chains_on_any_queue_leave_the_device_sound(wired, seed):
                 queue.add(chain)
                 queue.publish()
                 rig.device.kick(index)
-            end.socket.send(struct.pack(">I", 60) + frame(size=60)) if rng.random() < 0.2 else None
+            sender = rng.randbytes(6)
+            end.socket.send(struct.pack(">I", 60) + frame(size=60, sender=sender)) if rng.random() < 0.2 else None
             drained(end)
             queue.collect()
     end.socket.settimeout(10)

@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.net.rig import CSUM, CTRL, GUEST_CSUM, MAC, MQ, MRG, OFFLOADS, STATUS, WAIT_S, frame, header
-from vpci.backends.tap import TUN_F_UFO, TUNSETOFFLOAD, TapWire, _attached
+from vpci.backends.tap import IFF_MULTI_QUEUE, TUN, TUN_F_UFO, TUNSETOFFLOAD, TapWire, _attached
 from vpci.errors import BackendError, ConfigError
 
 CLONE_NEWNET = 0x40000000
+NOBODY = 65534
 ETH_P_ALL = 3
 GSO, GUEST_TSO4, GUEST_ECN, HOST_TSO4 = 1 << 6, 1 << 7, 1 << 9, 1 << 11
 UFO = 1 << 10 | 1 << 14
@@ -127,6 +128,34 @@ def test_descriptors_that_were_given_are_used(make_net, host, vnet, monkeypatch)
     assert bool(rig.device.offered_features() & HOST_TSO4) == vnet
     rig.stop()
     os.close(fd)
+
+
+def test_descriptors_of_several_queues_are_a_pair_each(make_net, host):
+    fds = _attached("t0", 2, IFF_MULTI_QUEUE)
+    rig = make_net("net.backend=tap", f"net.fds={fds}", "net.pairs=2", features=MQ | CTRL)
+    exchange(rig, host.up())
+    assert rig.command(4, 0, b"\2\0") == 0
+    for fd in fds:
+        os.close(fd)
+    exchange(rig, host)
+    with pytest.raises(ConfigError, match=r"as many as net\.pairs, 2"):
+        make_net("net.backend=tap", f"net.fds={fds[:1]}", "net.pairs=2")
+
+
+def test_an_interface_that_was_made_for_a_user_needs_no_capability(host, monkeypatch):
+    """Where the user may open /dev/net/tun, which is as udev has it."""
+    opened = [os.open(TUN, os.O_RDWR | os.O_NONBLOCK) for _ in range(3)]
+    monkeypatch.setattr("os.open", lambda path, flags: opened.pop())
+    ip("tuntap", "add", "t0", "mode", "tap", "user", str(NOBODY))
+    ip("tuntap", "add", "t1", "mode", "tap", "user", "0")
+    os.seteuid(NOBODY)
+    try:
+        TapWire("t0", [], 1).close()
+        for name in ("t1", "t2"):
+            with pytest.raises(BackendError, match="ip tuntap add NAME mode tap user USER"):
+                TapWire(name, [], 1)
+    finally:
+        os.seteuid(0)
 
 
 def test_a_name_that_is_no_tap_and_an_fd_that_is_none_are_named(tmp_path):

@@ -27,6 +27,7 @@ _IFREQ = struct.Struct("16sH22x")
 _HEADER_BYTES = 10
 _HINTS = {
     errno.EPERM: "it takes CAP_NET_ADMIN to make one; or have it made for you: ip tuntap add NAME mode tap user USER",
+    errno.EACCES: f"{TUN} is not this user's to open",
     errno.EBUSY: "somebody else has it",
     errno.EINVAL: "the interface is no TAP, or it has only one queue",
 }

@@ -398,6 +398,16 @@ static uint64_t *refusal(struct vpci_net *net, const vpci_queue *q, const struct
     return may_be_offloaded(net->offloads, &f->vnet) ? NULL : &net->stats.rx_bad_offload;
 }
 
+/* With the last one all of the batch leave the port's buffer. */
+static void end_frame(struct port *p, struct batch *b, uint32_t i)
+{
+    b->states[i] = DONE;
+    if (--b->n_left)
+        return;
+    for (; b->n; b->n--)
+        p->ops->drop(p);
+}
+
 /* Does the frame come to its end? Returns false when it has to wait. What was plugged in may go meanwhile. */
 static bool hand_over(struct vpci_net *net, const vpci_host *host, vpci_queue *q, struct port *p, uint32_t i)
 {
@@ -410,19 +420,16 @@ static bool hand_over(struct vpci_net *net, const vpci_host *host, vpci_queue *q
     if (reason)
         ++*reason;
     bool ended = reason || deliver(net, host, q, &f) == TAKEN;
-    if (!ended && q->broken) {
+    if (!ended && (q->broken || !q->started)) {
         net->stats.rx_not_ready++;   /* since this very frame */
         ended = true;
     }
     b->n_held--;
-    if (p->life != life)
-        return true;
-    b->states[i] = ended ? DONE : WAITING;
-    b->n_left -= ended;
-    while (!b->n_left && b->n--)
-        p->ops->drop(p);
-    b->n = b->n_left ? b->n : 0;
-    return ended;
+    if (p->life == life && ended)
+        end_frame(p, b, i);
+    else if (p->life == life)
+        b->states[i] = WAITING;
+    return ended || p->life != life;
 }
 
 /* A batch, if the last one is done with, for `pair` and others. Returns whether frames are there: 1, 0, or < 0: what was
@@ -448,14 +455,26 @@ static int refill(struct vpci_net *net, struct port *p, uint32_t pair)
     return got < 0 ? got : got > 0;
 }
 
-/* The frames of the batch that are this queue's. Returns false when one has to wait. */
-static bool take_share(struct vpci_net *net, const vpci_host *host, vpci_queue *q, struct port *p, uint64_t *bytes)
+struct share {
+    uint32_t n;
+    uint64_t bytes;
+};
+
+static bool is_enough(const struct share *share)
+{
+    return share->n >= LOOK_FRAMES || share->bytes >= LOOK_BYTES;
+}
+
+/* The frames of the batch that are this queue's, or as many as one look may take. Returns false when one has to wait. */
+static bool take_share(struct vpci_net *net, const vpci_host *host, vpci_queue *q, struct port *p,
+                       struct share *share)
 {
     struct batch *b = batch_of(net, p);
-    for (uint32_t i = 0; i < b->n && b->life == p->life; i++) {
+    for (uint32_t i = 0; i < b->n && b->life == p->life && !is_enough(share); i++) {
         if (b->states[i] != WAITING || pair_of(net, p, i) != q->index / 2u)
             continue;
-        *bytes += b->frames[i].len;
+        share->n++;
+        share->bytes += b->frames[i].len;
         if (!hand_over(net, host, q, p, i))
             return false;
     }
@@ -465,14 +484,14 @@ static bool take_share(struct vpci_net *net, const vpci_host *host, vpci_queue *
 static uint32_t receive(struct vpci_net *net, const vpci_host *host, vpci_queue *q, struct port *p)
 {
     const struct batch *b = batch_of(net, p);
-    uint64_t bytes = 0;
-    for (uint32_t n = 0; n < LOOK_FRAMES && bytes < LOOK_BYTES; n += b->n ? b->n : 1) {
+    struct share share = {0};
+    while (!is_enough(&share)) {
         int rc = refill(net, p, q->index / 2);
         if (rc <= 0)
             return rc == 0 && p->readable && is_plugged(p) && !b->n_held ? VPCI_RUN_MORE : VPCI_RUN_QUIET;
-        if (!take_share(net, host, q, p, &bytes))
+        if (!take_share(net, host, q, p, &share))
             return VPCI_RUN_KICKS;
-        if (has_frames(net, p))
+        if (has_frames(net, p) && !is_enough(&share))
             return VPCI_RUN_QUIET;   /* whoever ends the last one goes on */
     }
     return VPCI_RUN_MORE;

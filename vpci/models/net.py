@@ -7,7 +7,6 @@ control socket set_link and its like. The lock guards what they share, and nothi
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import secrets
@@ -28,8 +27,6 @@ from vpci.models.base import Chain, Host, Identity, Model, Operation, QueueSpec
 from vpci.models.net_engine import Capture, NetEngine
 from vpci.spec import net
 from vpci.spec.features import ANY_LAYOUT, word_of
-
-log = logging.getLogger(__name__)
 
 CONTROL_QUEUE_SIZE = 64
 TABLE = 64  # addresses of each kind that the filter holds; with more, all of the kind pass
@@ -418,7 +415,7 @@ class NetModel(Model):
         try:
             self.wire.set_pairs(pairs)
         except BackendError as error:
-            log.warning("net: %d pairs: %s", pairs, error)
+            self.event("pairs_refused", f"{pairs} pairs: {error}", pairs=pairs, errno=error.errno)
             return False
         self.pairs = pairs
         if self._engine:
