@@ -185,6 +185,11 @@ MOVED = {
         "A,D01,L01",
         {"A17": "after reset", "D01": "device_status: got 0, wanted 1", "L01": "Interrupt Status"},
     ),
+    "bit 31 gate from acked to offered": (
+        layouts.hi_by_offer(),
+        "A,C10,C12",
+        {"A11": "configuration at 28 with m=0 h=1", "A13": "", "C12": "guest_features_hi: got 1, wanted 0"},
+    ),
 }
 
 

@@ -16,6 +16,7 @@ import pytest
 from tests.check import layouts
 from tests.check.nine import BAD, GOOD, NINE, RUN
 from tests.doubles import Served, serving
+from tests.guest.test_commands import vpci
 from tests.guest.test_linux_disk import BOOT_MESSAGE, boot_sector
 from vpci import config
 from vpci.guest import Guest
@@ -198,3 +199,14 @@ def test_seabios_boots_unless_the_verdict_is_breaking(name: str, tmp_path: Path)
             assert BOOT_MESSAGE not in guest.console
         else:
             guest.wait_console(BOOT_MESSAGE)
+
+
+def test_a_trace_that_the_command_records_becomes_a_profile(tmp_path: Path) -> None:
+    """As a user types it; Linux' life is the second, after the firmware's."""
+    (tmp_path / "blk.toml").write_text('[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "8M"\n')
+    done = vpci("guest", "blk.toml", "--trace", "linux.trace", "--run", "cat /dev/vda >/dev/null", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = vpci("layout", "profile", "linux.trace", "--from", "2", "-o", "linux.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = profiles.load(tmp_path / "linux.toml")
+    assert made.uses_msix and {"queue_notify", "guest_features", "config"} <= {step.meaning for step in made.access}

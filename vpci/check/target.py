@@ -27,6 +27,8 @@ from vpci.check.traffic import TRAFFIC
 from vpci.check.wire import Wire
 from vpci.config import Config
 from vpci.errors import BackendError, VpciError
+from vpci.regs import HI, find_layout
+from vpci.virtio.dialect import find_dialect
 
 START_S = 20
 AHEAD = 8  # attempts whose servers are started; most have one that runs already
@@ -43,9 +45,10 @@ DIALECT_BITS: dict[str, frozenset[int]] = {
     "v0.8": frozenset({30}),
 }
 DEFAULT_DIALECT = "patchv2"
+GATE = "header.hi_gate"
 #: Knobs that move or change what a case sees. A case that does not name one wants the first meaning.
 PLAIN: dict[str, Any] = {
-    "header.hi_gate": "acked",
+    GATE: "acked",
     "header.hi_place": "following",
     "header.access": "strict",
     "pci.require_bus_master": False,
@@ -355,6 +358,7 @@ def fit(config: Config, need: Need) -> dict[str, Any]:
     """The keys that must be changed so that the configuration meets the need, with their values."""
     wanted = {**PLAIN, **need.sets}
     found = {key: value for key, value in wanted.items() if value_of(config, key) != value}
+    _fit_gate(config, need, found)
     if config.pci.fail_vectors is not None and "pci.fail_vectors" not in need.sets:
         found["pci.fail_vectors"] = 0x800  # as many as there can be: none fails
     _fit_dialect(config, need, found)
@@ -363,6 +367,14 @@ def fit(config: Config, need: Need) -> dict[str, Any]:
         if key.startswith(MODEL_KEYS) and not key.startswith(f"{config.model_type.name}."):
             raise Skipped(f"it needs {set_text(key, found[key])}, and model {config.model_type.name} has no such key")
     return found
+
+
+def _fit_gate(config: Config, need: Need, found: dict[str, Any]) -> None:
+    """A layout file says the gate where the configuration does not; one that has no other is judged as it is."""
+    if GATE in found and config.header.hi_gate is None:
+        hi = find_layout(config.header.layout or find_dialect(config.device.dialect).layout).condition(HI)
+        if found[GATE] == hi.gate or (hi.gates and GATE not in need.sets and found[GATE] not in hi.gates):
+            del found[GATE]
 
 
 def _fit_dialect(config: Config, need: Need, found: dict[str, Any]) -> None:
