@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vpci.check.cases import NET, Need, Skipped, Wedged, case, claim, expect
+from vpci.check.cases import CONSOLE, DISK, NET, Need, Skipped, Wedged, case, claim, expect
+from vpci.check.console import Driver, host, rx
 from vpci.check.guest import Guest, Mill
 from vpci.check.net import Nic, frame
 from vpci.check.ring import by_event, by_flags, fence, traffic
@@ -55,12 +56,9 @@ def r02(g: Guest) -> None:
     traffic(g, mill, 50_000, 4, by_flags(mill.ring))
 
 
-@case("R04", "data and used.len are whole when used.idx is seen: 3000 reads, or frames", "D2", Need(bits=(28,)))
+@case("R04", "data and used.len are whole when used.idx is seen: 3000 reads, frames, or inputs", "D2", Need(bits=(28,)))
 def r04(g: Guest) -> None:
-    if g.pci(0x2E, 2) == NET:
-        _frames_are_whole(g)
-    else:
-        _reads_are_whole(g)
+    {DISK: _reads_are_whole, NET: _frames_are_whole, CONSOLE: _inputs_are_whole}[g.pci(0x2E, 2)](g)
 
 
 def _frames_are_whole(g: Guest) -> None:
@@ -73,6 +71,16 @@ def _frames_are_whole(g: Guest) -> None:
         whole = frame(size=1514, mark=mark)
         nic.wire.send(whole, g.timeout)
         expect(nic.received(), whole, f"frame {mark} when used.idx told of it")
+
+
+def _inputs_are_whole(g: Guest) -> None:
+    driver = Driver(g, 28)
+    with host(g, 0) as line:
+        for mark in range(3000):
+            whole = mark.to_bytes(2, "little") * 32
+            driver.offer(rx(0), len(whole))
+            line.send(whole)
+            expect(driver.take(rx(0)), whole, f"input {mark} when used.idx told of it")
 
 
 def _reads_are_whole(g: Guest) -> None:
