@@ -21,6 +21,7 @@ def test_the_read_behind_msix_enable_finds_the_header_moved(rig):
     control = rig.device.msix_capability() + 2
     rig.model.value = 0x01020304
     rig.server.config_changed()
+    rig.settle()
     for _ in range(50):
         before = config_at(rig, 20)
         on = rig.send_region_write(CONFIG, control, b"\0\x80")
@@ -37,6 +38,7 @@ def test_the_read_behind_msix_enable_finds_the_header_moved(rig):
 def test_the_read_behind_guest_features_finds_the_high_words(rig):
     rig.model.value = 0x01020304
     rig.server.config_changed()
+    rig.settle()
     for _ in range(50):
         take = rig.send_region_write(BAR0, GUEST_FEATURES, BIT31.to_bytes(4, "little"))
         high, config = config_at(rig, 20), config_at(rig, 28)

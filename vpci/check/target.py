@@ -27,8 +27,6 @@ from vpci.check.traffic import TRAFFIC
 from vpci.check.wire import Wire
 from vpci.config import Config
 from vpci.errors import BackendError, VpciError
-from vpci.regs import HI, find_layout
-from vpci.virtio.dialect import find_dialect
 
 START_S = 20
 AHEAD = 8  # attempts whose servers are started; most have one that runs already
@@ -46,6 +44,7 @@ DIALECT_BITS: dict[str, frozenset[int]] = {
 }
 DEFAULT_DIALECT = "patchv2"
 GATE = "header.hi_gate"
+GATES = ("acked", "offered")
 #: Knobs that move or change what a case sees. A case that does not name one wants the first meaning.
 PLAIN: dict[str, Any] = {
     GATE: "acked",
@@ -249,11 +248,22 @@ class ConfigServer:
 class ConfigTarget:
     """A configuration file; `folder` is for sockets, logs and scratch images.
 
+    `gates` are those that its layout has: the first one holds where the configuration names none.
+
     While a case runs the servers of the next ones start: half of a check's time would be waiting for them.
     """
 
-    def __init__(self, config: Config, sets: list[str], folder: Path, timeout: float, in_place: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sets: list[str],
+        folder: Path,
+        timeout: float,
+        in_place: bool = False,
+        gates: Sequence[str] = GATES,
+    ) -> None:
         self.name = config.file
+        self.gates = gates
         self.config, self.user_sets, self.folder, self.timeout = config, sets, folder, timeout
         self.in_place = in_place
         self._servers: dict[str, ConfigServer] = {}
@@ -279,7 +289,7 @@ class ConfigTarget:
         model = self.config.model_type
         if case.subsystem not in (REQUESTS, model.identity.subsystem_id):
             raise Skipped(unfit(case))
-        found = fit(self.config, need)
+        found = fit(self.config, need, self.gates)
         if model.identity.subsystem_id == NET and (need.wire or not self.in_place):
             found["net.backend"] = "datagram"
         return found
@@ -354,11 +364,11 @@ def _pattern() -> bytes:
     return bytes((n * 7 + n // 512) & 0xFF for n in range(PATTERN_BYTES))
 
 
-def fit(config: Config, need: Need) -> dict[str, Any]:
-    """The keys that must be changed so that the configuration meets the need, with their values."""
+def fit(config: Config, need: Need, gates: Sequence[str] = GATES) -> dict[str, Any]:
+    """The keys that must be changed so that the configuration meets the need, with their values; `gates`: its layout's."""
     wanted = {**PLAIN, **need.sets}
     found = {key: value for key, value in wanted.items() if value_of(config, key) != value}
-    _fit_gate(config, need, found)
+    _fit_gate(config, need, gates, found)
     if config.pci.fail_vectors is not None and "pci.fail_vectors" not in need.sets:
         found["pci.fail_vectors"] = 0x800  # as many as there can be: none fails
     _fit_dialect(config, need, found)
@@ -369,12 +379,11 @@ def fit(config: Config, need: Need) -> dict[str, Any]:
     return found
 
 
-def _fit_gate(config: Config, need: Need, found: dict[str, Any]) -> None:
-    """A layout file says the gate where the configuration does not; one that has no other is judged as it is."""
-    if GATE in found and config.header.hi_gate is None:
-        hi = find_layout(config.header.layout or find_dialect(config.device.dialect).layout).condition(HI)
-        if found[GATE] == hi.gate or (hi.gates and GATE not in need.sets and found[GATE] not in hi.gates):
-            del found[GATE]
+def _fit_gate(config: Config, need: Need, gates: Sequence[str], found: dict[str, Any]) -> None:
+    """The layout says the gate where the configuration does not; one that has no other is judged as it is."""
+    told = GATE not in found or config.header.hi_gate is not None
+    if not told and (found[GATE] == gates[0] or (GATE not in need.sets and found[GATE] not in gates)):
+        del found[GATE]
 
 
 def _fit_dialect(config: Config, need: Need, found: dict[str, Any]) -> None:

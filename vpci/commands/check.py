@@ -15,9 +15,12 @@ from pathlib import Path
 from vpci import config as configuration
 from vpci.check import report
 from vpci.check.runner import Runner, Verdict, count, is_good, select
-from vpci.check.target import ConfigTarget, SocketTarget, Target
+from vpci.check.target import GATES, ConfigTarget, SocketTarget, Target
 from vpci.commands.output import Output
+from vpci.config import Config
 from vpci.errors import ConfigError
+from vpci.regs import HI, find_layout
+from vpci.virtio.dialect import find_dialect
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +53,13 @@ def _target(args: argparse.Namespace, stack: ExitStack) -> Target:
         return SocketTarget(args.target, args.timeout, args.destructive)
     config = configuration.load(args.target, args.sets)
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vpci-check-"))
-    return ConfigTarget(config, args.sets, Path(folder), args.timeout, args.in_place)
+    return ConfigTarget(config, args.sets, Path(folder), args.timeout, args.in_place, _gates(config))
+
+
+def _gates(config: Config) -> tuple[str, ...]:
+    """The gates of the 32:63 fields that its layout has; the first one holds unless the configuration names another."""
+    hi = find_layout(config.header.layout or find_dialect(config.device.dialect).layout).condition(HI)
+    return hi.gates or (hi.gate, *(gate for gate in GATES if gate != hi.gate))
 
 
 def _show(args: argparse.Namespace, runner: Runner) -> list[Verdict]:
