@@ -37,6 +37,7 @@ SETS = [
 GUESTS = [("6.1", ""), ("sid", "pci=nomsi")]
 GUEST_IP, HOST_IP, HOST_MAC = bytes([10, 7, 0, 2]), bytes([10, 7, 0, 9]), bytes.fromhex("525400000009")
 PINGS, PING_BYTES, ROUNDS, CONSOLE_MIB = 150, 1400, 2, 4
+CHURN = 800
 WAIT_S = 60
 ALONE = 1 << 20  # the size of files of this process while its disk is full
 DISK = (
@@ -203,6 +204,12 @@ class Together:
             task.result()
         assert not self.neighbour.bad
 
+    def wait_ports(self) -> None:
+        """Until the guest has the ports that its console has, having lost no message on the way."""
+        ports = " ".join(f"vport2p{port['port']}" for port in self.ask("console", "ports")["ports"])
+        wait_in(self.guest, f'[ "$(echo $(ls /sys/class/virtio-ports))" = "{ports}" ]')
+        assert self.ask("console", "state")["engine"]["dropped_control"] == 0
+
     def _ping(self) -> None:
         asked = self.neighbour.asked
         self.neighbour.ping(self.servers["net"].model.mac, PINGS)
@@ -280,6 +287,20 @@ def test_the_control_sockets_are_answered_under_load(together: Together) -> None
     assert {"avail_idx", "last_avail", "published", "in_flight", "no_notify", "remote"} <= state["rings"][0].keys()
     sectors = int(together.guest.check("cat /sys/block/vda/size").text)
     assert sectors == 64 * 2048
+    together.wait_ports()
+
+
+def test_ports_come_and_go_faster_than_linux_looks(together: Together) -> None:
+    """No change is lost, and the console goes on."""
+    for _ in range(CHURN):
+        together.ask("console", "port-add", "org.vpci.more", "ring", "-")
+        together.ask("console", "port-remove", "3")
+    together.wait_ports()
+    together.ask("console", "port-add", "org.vpci.more", "ring", "-")
+    together.wait_ports()
+    together.ask("console", "port-remove", "3")
+    together.wait_ports()
+    together.load("console")
 
 
 @pytest.mark.parametrize("victim", MODELS)

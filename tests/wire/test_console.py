@@ -29,6 +29,7 @@ from tests.console_rig import (
 )
 from tests.doubles import settle
 from vpci.driver import Buffer
+from vpci.errors import BackendError
 
 TWO_PORTS = 'port = [{name = "org.vpci.data", path = "FOLDER/data.sock"}]'
 
@@ -763,3 +764,77 @@ def test_many_resets_in_the_middle_of_traffic(multi):
         multi.tell(0, PORT_OPEN, 1)
         host.send(b"y" * 9000)
         assert multi.receive(0, 9000) == b"y" * 9000
+
+
+# -- a driver that is behind with its messages ------------------------------------------------------------------------
+
+WAITING = 512
+
+
+def churn(multi, rounds):
+    """Port 2 comes and goes."""
+    for _ in range(rounds):
+        multi.model.add_port("more", "ring")
+        multi.model.remove_port(2)
+
+
+def fall_behind(multi):
+    """A driver that has said that it is ready and offered no buffers, and as many changes as may wait for it."""
+    multi.start(MULTIPORT, ports=2)
+    multi.tell(0, DEVICE_READY, 1)
+    churn(multi, (WAITING - 2) // 2)
+
+
+def churned(rounds):
+    return [(2, PORT_ADD, 0, b""), (2, PORT_REMOVE, 0, b"")] * rounds
+
+
+def test_a_change_is_refused_rather_than_lost(multi, monkeypatch):
+    """Else the guest would keep a port that is gone, or never see one that came."""
+    monkeypatch.setattr("vpci.models.console.TOLD_S", 0.05)
+    fall_behind(multi)
+    with pytest.raises(BackendError, match="512 messages wait for the driver"):
+        multi.model.add_port("late", "ring")
+    with pytest.raises(BackendError, match="512 messages wait for the driver"):
+        multi.model.remove_port(1)
+    assert sorted(multi.model.ports) == [0, 1]
+    multi.offer(CONTROL_RX, 16, 64)
+    assert multi.controls(WAITING)[2:] == churned(255)
+    multi.model.remove_port(1)
+    assert multi.control() == (1, PORT_REMOVE, 0, b"")
+    assert multi.model.stats()["dropped_control"] == 0
+
+
+def test_changes_keep_the_driver_s_pace(multi):
+    """Ports come and go faster than it takes its messages, and it gets every one."""
+    fall_behind(multi)
+    churning = threading.Thread(target=churn, args=(multi, 200))
+    churning.start()
+    multi.offer(CONTROL_RX, 16, 64)
+    assert multi.controls(WAITING + 400)[2:] == churned(255 + 200)
+    churning.join()
+    assert multi.model.stats()["dropped_control"] == 0
+
+
+def test_a_reset_lets_changes_go_on(multi):
+    """A driver that left has nothing to hear."""
+    fall_behind(multi)
+    churning = threading.Thread(target=churn, args=(multi, 1))
+    churning.start()
+    multi.device.reset()
+    churning.join()
+    assert sorted(multi.model.ports) == [0, 1]
+
+
+def test_hosts_that_come_and_go_do_not_push_messages_out(multi):
+    """The driver hears in the end whether somebody is there."""
+    fall_behind(multi)
+    multi.tell(1, PORT_READY, 1)
+    for _ in range(300):
+        with multi.host("data.sock"):
+            multi.settle()
+    assert multi.model.stats()["dropped_control"] == 0
+    multi.offer(CONTROL_RX, 16, 64)
+    assert multi.controls(WAITING + 1)[WAITING:] == [(1, PORT_NAME, 1, b"org.vpci.data")]
+    with multi.host("data.sock"):
+        assert multi.control() == (1, PORT_OPEN, 1, b"")

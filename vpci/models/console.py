@@ -43,6 +43,8 @@ READ_BYTES = 64 << 10
 #: What a client that has left may have left behind.
 LEFT_BEHIND_BYTES = 1 << 20
 MAX_CONTROL_MESSAGES = 1024
+#: With so many before the driver the host's side waits; the other half is for answers to the driver, which cannot wait.
+MAX_HOST_MESSAGES = MAX_CONTROL_MESSAGES // 2
 MIN_BACKLOG = 4096
 #: Credit of the control queue on which the driver sends: its messages are answered at once.
 CONTROL_CREDIT = 4096
@@ -51,6 +53,7 @@ EMERGENCY_BYTES = 4096
 STUCK_TICK_S = 0.25
 FLUSH_S = 1.0
 CLOSE_S = 5.0
+TOLD_S = 5.0
 
 #: Of a port: its name in the guest's sysfs.
 NAME = "^[^\\x00-\\x1f]{0,200}$"
@@ -283,6 +286,7 @@ class ConsoleModel(Model):
         self._multiport = False  # acked
         self._device_ready = False
         self._control: deque[Control] = deque()  # for the driver
+        self._has_room = threading.Condition(self._lock)  # of _control
         self._emergency: deque[bytes] = deque(maxlen=EMERGENCY_BYTES)
         self._warned: set[str] = set()
         self._leaving: list[Port] = []  # removed, to be closed by the model's thread
@@ -378,6 +382,7 @@ class ConsoleModel(Model):
         with self._lock:
             self._device_ready = False
             self._control.clear()
+            self._has_room.notify_all()
             self._removed.clear()
             for port in self.ports.values():
                 port.ready = port.guest_open = port.told_open = False
@@ -451,8 +456,12 @@ class ConsoleModel(Model):
     def add_port(
         self, name: str = "", backend: str = "socket", path: str | None = None, is_console: bool = False
     ) -> int:
-        """Plug a port in; returns its number, the lowest that is free. ConfigError, or BackendError."""
+        """Plug a port in; returns its number, the lowest that is free. ConfigError, or BackendError.
+
+        Waits while the driver has yet to hear of many changes; BackendError when it takes none.
+        """
         with self._lock:
+            self._await_room()
             index = next((index for index in range(self.section.ports) if index not in self.ports), None)
         if index is None:
             raise ConfigError("", "port", "one more", f"{self.section.ports} ports (console.ports)")
@@ -473,10 +482,14 @@ class ConsoleModel(Model):
         return index
 
     def remove_port(self, index: int) -> None:
-        """Unplug a port: the driver is told, the host side closed on return. ConfigError when it is not there."""
+        """Unplug a port: the driver is told, the host side closed on return. ConfigError when it is not there.
+
+        Waits for the driver as add_port() does.
+        """
         if not self.offers_multiport:
             raise ConfigError("", "port", index, "none without VIRTIO_CONSOLE_F_MULTIPORT")
         with self._lock:
+            self._await_room()
             port = self.ports.pop(index, None)
             if port is None:
                 raise self._no_port(index)
@@ -596,6 +609,7 @@ class ConsoleModel(Model):
         for chain in chains:
             with self._lock:
                 message = self._control.popleft().encode() if self._control else b""
+                self._has_room.notify_all()
             chain.complete(message[: chain.writable])
 
     def _serve_control_tx(self, chains: Sequence[Chain]) -> None:
@@ -649,9 +663,9 @@ class ConsoleModel(Model):
         port.guest_open = is_open
 
     def _tell_open(self, port: Port) -> None:
-        """Tell the driver whether the host side is there, if it knows otherwise."""
+        """Tell the driver whether the host side is there, if it knows otherwise; without room, in a later turn."""
         is_open = port.line.connected
-        if port.ready and port.told_open != is_open:
+        if port.ready and port.told_open != is_open and self._may_tell():
             port.told_open = is_open
             self._send(Control(port.index, console.PORT_OPEN, int(is_open)))
 
@@ -668,6 +682,16 @@ class ConsoleModel(Model):
         for message in [m for m in self._control if (m.id, m.event) == (port.index, console.RESIZE)]:
             self._control.remove(message)  # only the latest size is of interest
         self._send(Control(port.index, console.RESIZE, 0, _SIZE.pack(cols, rows)))
+
+    def _may_tell(self) -> bool:
+        """Whether the host's side may put one message more before the driver. With the lock held."""
+        return len(self._control) < MAX_HOST_MESSAGES
+
+    def _await_room(self) -> None:
+        """Before a change that the driver has to hear of. With the lock held, which others get meanwhile."""
+        if not self._has_room.wait_for(self._may_tell, TOLD_S):
+            told = f"{len(self._control)} messages wait for the driver, as for {TOLD_S:g} s: nothing was changed"
+            raise BackendError("the control queue", errno.EBUSY, told)
 
     def _send(self, message: Control) -> None:
         """Queue a message for the driver. With the lock held."""
