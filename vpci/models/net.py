@@ -243,8 +243,6 @@ class NetModel(Model):
             super().reset()
             self._forget()
             self._use_pairs(1)
-            if self._host:
-                self._host.forget_chains()
             self._install()
 
     def _has(self, bit: int) -> bool:
