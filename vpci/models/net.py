@@ -483,7 +483,7 @@ class NetModel(Model):
             }
 
     operations = {
-        "link": Operation("take the link up or down; the driver is told", ("UP|DOWN",), set_link),
+        "link": Operation("take the link up or down; the driver is told", ("up|down",), set_link),
         "reopen": Operation("open a backend that went away anew", (), reopen),
         "filter": Operation("what the driver set: its address, receive modes, tables, VLANs, pairs", (), filter),
         "announce": Operation("ask the driver to tell its neighbours where it is", (), announce),
