@@ -16,6 +16,7 @@ struct vpci_handoff {
     int event_fd;             /* readable when chains arrive, for a taker that waits for other things too; -1: none */
     uint64_t life;            /* grows when queues have been drained for new features, as in every reset */
     vpci_dev *dev;            /* once a chain came */
+    uint64_t recalls;         /* of any queue */
     bool recalled;            /* since the last take */
     bool closed;
 };
@@ -104,6 +105,11 @@ static void features(void *state, uint64_t acked)
     __atomic_add_fetch(&((vpci_handoff *)state)->life, 1, __ATOMIC_SEQ_CST);
 }
 
+uint64_t vpci_handoff_recalls(vpci_handoff *h)
+{
+    return __atomic_load_n(&h->recalls, __ATOMIC_SEQ_CST);
+}
+
 bool vpci_handoff_is_recalled(const vpci_chain *chain)
 {
     return chain->scratch[1] != __atomic_load_n(&chain->queue->recalls, __ATOMIC_SEQ_CST);
@@ -115,6 +121,7 @@ static void recall(vpci_handoff *h, uint32_t queue_index)
     if (!h->dev)
         return;
     __atomic_add_fetch(&h->dev->queues[queue_index]->recalls, 1, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&h->recalls, 1, __ATOMIC_SEQ_CST);
     h->recalled = true;
     pthread_cond_signal(&h->arrived);
 }

@@ -180,6 +180,7 @@ class PythonEngine:
         self.failures = 0
         self._stale = -1  # chains of this life or an older one were there before the last reset
         self._kept: list[PythonChain] = []  # by the model, after serve()
+        self._recalls = 0  # up to which they were looked at
         self._thread = threading.Thread(target=self._run, name=f"vpci-{model.name}", daemon=True)
 
     def start(self) -> None:
@@ -205,7 +206,8 @@ class PythonEngine:
             self._deal_with(taken, count)
 
     def _deal_with(self, taken: Any, count: int) -> None:
-        if self._kept:
+        if self._recalls != (recalls := lib.vpci_handoff_recalls(self.state)):
+            self._recalls = recalls
             self._take_back_recalled()
         self._serve_batch([PythonChain(taken[index], self._is_old) for index in range(count)])
 

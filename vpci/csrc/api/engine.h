@@ -68,6 +68,8 @@ int vpci_handoff_event_fd(vpci_handoff *h);
 /* How often the negotiated features have changed; chain->scratch[0] has it as it was when the chain came. A reset
  * changes them after its drain, so chains of the old life have the number of before. */
 uint64_t vpci_handoff_life(vpci_handoff *h);
+/* How often chains were recalled: when it has grown, those that were taken before are worth a look. */
+uint64_t vpci_handoff_recalls(vpci_handoff *h);
 /* A chain that was taken and is not done: has somebody waited too long for its queue since it came? */
 bool vpci_handoff_is_recalled(const vpci_chain *chain);
 /* Finish n chains with one call. */
