@@ -199,7 +199,7 @@ def test_chains_that_a_model_never_gives_back_are_taken_back(make, end):
         rig.connect()
     else:
         rig.device.restart(queues=(KEPT, FREE))
-    assert rig.events("drain_cancel")
+    rig.wait_event("drain_cancel")
     check_they_are_gone(kept)
     rig.check_it_works()
 
@@ -223,7 +223,7 @@ def test_the_end_of_a_queue_takes_its_own_chains_alone(make):
         rig.model.wait_kept(n + 1)
     rig.device.write("queue_select", FREE)
     rig.device.write("queue_pfn", 0)
-    assert rig.events("drain_cancel")
+    rig.wait_event("drain_cancel")
     lives, gone = rig.model.kept
     check_they_are_gone([gone])
     assert lives.read() == WORDS
