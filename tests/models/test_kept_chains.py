@@ -166,7 +166,7 @@ def test_a_serve_that_meets_a_reset_reads_nothing_and_keeps_nothing(make, monkey
     rig = make(NEVER_MS)
     held_at_gate(rig, "called", monkeypatch)
     rig.device.restart(queues=(KEPT, FREE))
-    assert rig.model.read == [b""] * 3
+    assert set(rig.model.read) == {b""}  # one batch, of one chain or more
     for chain in rig.model.kept:
         chain.complete(b"too late")
     rig.model.kept.clear()
