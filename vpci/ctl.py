@@ -15,7 +15,8 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from vpci.errors import BackendError, ConfigError, VpciError
 from vpci.models.base import Operation
@@ -33,6 +34,14 @@ IDLE_S = 60.0
 RETRY_S = 1.0
 
 
+@dataclass
+class _Place:
+    """A client's thread, and what the client does: says nothing, waits for an answer, or has lost its place."""
+
+    thread: threading.Thread
+    client_is: Literal["silent", "asking", "leaving"] = "silent"
+
+
 class Ctl:
     """Answers on the control socket of `server`, from start() until the server stops."""
 
@@ -40,7 +49,7 @@ class Ctl:
         self.server = server
         self.path = server.path + SUFFIX
         self._busy = threading.Lock()  # operations of the model, one after the other
-        self._clients: dict[socket.socket, threading.Thread] = {}
+        self._clients: dict[socket.socket, _Place] = {}  # whoever has been silent for longest comes first
         self._changed = threading.Lock()  # of _clients
         self._listener: socket.socket | None = None
         self._closing = threading.Event()
@@ -64,9 +73,9 @@ class Ctl:
         give_back(self.path)
         with self._changed:
             clients = dict(self._clients)
-        for client, thread in clients.items():
+        for client, place in clients.items():
             _hang_up(client)
-            thread.join()
+            place.thread.join()
         self._listener = None
 
     # -- clients ------------------------------------------------------------------------------------------------------
@@ -89,8 +98,9 @@ class Ctl:
     def _accept(self, client: socket.socket) -> None:
         client.settimeout(IDLE_S)
         with self._changed:
-            if len(self._clients) >= MAX_CLIENTS:
-                _refuse(client)
+            if not self._has_room():
+                with client:
+                    _refuse(client, "try again when one has gone")
                 return
             thread = threading.Thread(target=self._serve, args=(client,), name="vpci-ctl-client", daemon=True)
             try:
@@ -98,18 +108,49 @@ class Ctl:
             except RuntimeError:
                 client.close()
                 raise
-            self._clients[client] = thread
+            self._clients[client] = _Place(thread)
+
+    def _has_room(self) -> bool:
+        """With the lock held. When all places are taken, the client that has been silent for longest loses its own.
+
+        Those who leave do so at once, but a storm of clients may come faster: there are never more of them than places.
+        """
+        leaving = [place for place in self._clients.values() if place.client_is == "leaving"]
+        if len(self._clients) - len(leaving) < MAX_CLIENTS:
+            return True
+        silent = next((client for client, place in self._clients.items() if place.client_is == "silent"), None)
+        if silent is None or len(leaving) >= MAX_CLIENTS:
+            return False
+        self._clients[silent].client_is = "leaving"
+        _hang_up(silent, socket.SHUT_RD)  # its thread hears of it, and can still tell it why
+        return True
 
     def _serve(self, client: socket.socket) -> None:
         try:
             for line in _lines(client):
+                if not self._goes_on(client, "asking"):
+                    break
                 _send(client, self.answer(line))
+                self._goes_on(client, "silent")
+            if not self._goes_on(client, "silent"):
+                client.settimeout(0)
+                _refuse(client, "yours was silent for longest and has lost its place")
         except OSError:  # it went away, or was silent for too long
             pass
         finally:
             client.close()
             with self._changed:
                 del self._clients[client]
+
+    def _goes_on(self, client: socket.socket, what: Literal["silent", "asking"]) -> bool:
+        """What the client does from now on, if it still has its place."""
+        with self._changed:
+            place = self._clients[client]
+            if what == "asking":  # it was heard: the last one to lose its place
+                self._clients[client] = self._clients.pop(client)
+            if place.client_is != "leaving":
+                place.client_is = what
+            return place.client_is == what
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -197,9 +238,9 @@ def _lines(client: socket.socket) -> Iterator[bytes | None]:
             return
 
 
-def _refuse(client: socket.socket) -> None:
-    with client, contextlib.suppress(OSError):  # it may be gone already
-        _send(client, _failed(f"{MAX_CLIENTS} clients are here already; try again when one has gone"))
+def _refuse(client: socket.socket, why: str) -> None:
+    with contextlib.suppress(OSError):  # it may be gone already
+        _send(client, _failed(f"{MAX_CLIENTS} clients are here already; {why}"))
 
 
 def _send(client: socket.socket, reply: Mapping[str, Any]) -> None:
@@ -210,9 +251,9 @@ def _failed(text: str) -> dict[str, Any]:
     return {"ok": False, "error": text}
 
 
-def _hang_up(client: socket.socket) -> None:
+def _hang_up(client: socket.socket, how: int = socket.SHUT_RDWR) -> None:
     try:
-        client.shutdown(socket.SHUT_RDWR)
+        client.shutdown(how)
     except OSError as error:
         if error.errno not in (errno.ENOTCONN, errno.EBADF):  # it was faster
             raise

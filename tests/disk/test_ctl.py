@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -132,15 +133,39 @@ def test_requests_may_come_together_or_byte_by_byte(ctl):
         assert [peer.answer()["ok"] for _ in range(3)] == [True] * 3
 
 
-def test_a_ninth_client_is_refused_politely_until_another_has_gone(ctl):
-    peers = [Peer(ctl.path) for _ in range(MAX_CLIENTS)]
-    for peer in peers:
-        peer.say(b'{"op": "help"}\n')
-        assert peer.answer()["ok"]
-    with Peer(ctl.path) as late:
-        assert "try again" in late.answer()["error"]
-    for peer in peers:
-        peer.__exit__()
+def test_a_ninth_client_gets_the_place_of_the_one_that_was_silent_for_longest(ctl):
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Peer(ctl.path)) for _ in range(MAX_CLIENTS)]
+        for peer in [*peers, peers[0]]:
+            peer.say(b'{"op": "help"}\n')
+            assert peer.answer()["ok"]
+        while any(place.client_is != "silent" for place in list(ctl._clients.values())):
+            pass  # an answer is there a moment before its thread listens again
+        late = stack.enter_context(Peer(ctl.path))
+        assert "silent for longest" in peers.pop(1).answer()["error"]
+        for peer in [*peers, late]:
+            peer.say(b'{"op": "help"}\n')
+            assert peer.answer()["ok"]
+
+
+def test_a_ninth_client_is_refused_politely_while_all_others_wait_for_answers(ctl, monkeypatch):
+    whole, asked, gate = ctl.answer, threading.Semaphore(0), threading.Event()
+
+    def gated(line: bytes | None) -> dict[str, object]:
+        asked.release()
+        assert gate.wait(WAIT_S)
+        return whole(line)
+
+    monkeypatch.setattr(ctl, "answer", gated)
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Peer(ctl.path)) for _ in range(MAX_CLIENTS)]
+        for peer in peers:
+            peer.say(b'{"op": "help"}\n')
+            assert asked.acquire(timeout=WAIT_S)
+        with Peer(ctl.path) as late:
+            assert "try again" in late.answer()["error"]
+        gate.set()
+        assert all(peer.answer()["ok"] for peer in peers)
 
 
 def test_clients_that_hang_or_flood_do_not_keep_the_device_from_its_work(ctl, rig):

@@ -32,11 +32,6 @@ class AskingModel(Model):
         self.host = host
         host.want(0, 0)
 
-    def reset(self) -> None:
-        super().reset()
-        if hasattr(self, "host"):
-            self.host.forget_chains()
-
     def turn(self) -> float | None:
         self.turns += 1
         if self.turns == 1:

@@ -69,7 +69,7 @@ def test_what_the_driver_set_is_told_in_the_papers_words(asked, capsys):
     ("operation", "words"),
     [
         (["link", "sideways"], ["'sideways'", "up or down"]),
-        (["link"], ["UP|DOWN"]),
+        (["link"], ["up|down"]),
         (["link", 1], ["up or down"]),
         (["plug"], ["state", "link", "reopen", "filter", "announce"]),
     ],

@@ -29,7 +29,7 @@ def drain(request):
 
 
 def with_one_begun(rig, n=5):
-    """`n` chains in flight of which the first has begun: what a model in Python holds has, what waits for it has not."""
+    """`n` chains in flight of which the first has begun: what serve() of a model in Python is at has, what waits for it has not."""
     rig.start()
     if hasattr(rig.model, "gate"):
         gpas = rig.hold(n=n, gpa=OTHER.gpa)
@@ -208,6 +208,7 @@ def test_a_drain_that_ends_after_3_seconds_is_answered(make_rig):
     """Between the two deadlines; the client's own patience is 5 s."""
     rig = make_rig()
     queue = rig.start()
+    rig.model.stall(True)
     rig.hold()
     ring = SplitRing.alloc(rig.memory, queue.ring.size)
     rig.device.write("queue_select", 0)

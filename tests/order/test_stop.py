@@ -122,6 +122,7 @@ def test_a_stop_while_python_answers_ends(rig, monkeypatch):
 def test_a_stop_with_stuck_work_ends_at_the_second_deadline_and_says_so(make_rig):
     rig = make_rig(deadlines=SHORT)
     rig.start()
+    rig.model.stall(True)
     rig.hold()
     rig.stop()
     assert rig.wait_stopped(5)
@@ -135,6 +136,7 @@ def test_a_stop_while_a_drain_is_stuck_ends_and_says_so(make_rig, how):
     """The work never ends; the signal must still end the server."""
     rig = make_rig(deadlines=SHORT)
     rig.start()
+    rig.model.stall(True)
     rig.hold(gpa=OTHER.gpa)
     if how == "status 0":
         rig.send_write("device_status", 0)

@@ -43,6 +43,14 @@ class Sound(Model):
     def config_values(self) -> dict[str, int]:
         return {"size": 7, "mode": 1, "more": 9}
 
+    def reset(self) -> None:
+        super().reset()
+        self.give_back()
+
+    def give_back(self) -> None:
+        while self._kept:
+            self._kept.pop().complete()
+
     def serve(self, chains: Sequence[Chain]) -> None:
         self.served += len(chains)
         if chains[0].queue == 0:
@@ -227,6 +235,13 @@ class DiesOfReset(Sound):
         super().work(chains)
 
 
+class KeepsOverResets(Sound):
+    """What is kept is given back when the next life has something for it."""
+
+    def give_back(self) -> None:
+        pass
+
+
 class LosesData(Sound):
     def flush(self) -> None:
         if self.served:
@@ -251,5 +266,6 @@ BROKEN: dict[str, tuple[type[Sound], ...]] = {
     "a_full_ring_comes_back": (LosesTheLast,),
     "its_configuration_can_be_read_while_it_serves": (Shrinks,),
     "a_reset_with_work_in_flight_ends_and_it_works_again": (DiesOfReset, HangsInReset),
+    "a_reset_gives_back_what_it_keeps": (KeepsOverResets,),
     "it_stops_and_loses_nothing": (LosesData,),
 }

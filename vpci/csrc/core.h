@@ -116,6 +116,7 @@ struct vpci_queue {
     uint32_t in_flight;       /* chains popped and neither pushed nor dropped */
     bool gated;               /* chains are fetched only against credit */
     int64_t credit;           /* bytes of chains that the engine still asks for; the last chain may overdraw it */
+    uint64_t recalls;         /* atomic: how often those who took its chains were asked to give them back */
     uint16_t broken;          /* enum vpci_ring_error */
     uint16_t broken_head;
     uint64_t broken_addr;

@@ -1,5 +1,7 @@
 /* The engine of models written in Python: the pump leaves chains here, a Python thread takes them in batches and
  * finishes them with vpci_chains_done. A model that sleeps holds its own chains up and nothing else.
+ * What it keeps for too long is asked back: cancel() recalls a queue's chains, and the Python thread is woken to give up
+ * those that it was handed before.
  * A model that has no use for a chain before something happens elsewhere leaves it in the ring: its queue is gated, and
  * chains come only against credit (vpci_dev_grant). */
 #include "pump.h"
@@ -13,6 +15,9 @@ struct vpci_handoff {
     vpci_chain *first, **last;
     int event_fd;             /* readable when chains arrive, for a taker that waits for other things too; -1: none */
     uint64_t life;            /* grows when queues have been drained for new features, as in every reset */
+    vpci_dev *dev;            /* once a chain came */
+    uint64_t recalls;         /* of any queue */
+    bool recalled;            /* since the last take */
     bool closed;
 };
 
@@ -80,8 +85,10 @@ static void serve(void *state, const vpci_host *host, vpci_chain *chain)
     }
     chain->queue->credit -= cost(chain);
     chain->scratch[0] = vpci_handoff_life(h);
+    chain->scratch[1] = chain->queue->recalls;
     chain->next = NULL;
     pthread_mutex_lock(&h->lock);
+    h->dev = chain->queue->dev;
     bool first = !h->first;
     *h->last = chain;
     h->last = &chain->next;
@@ -98,7 +105,28 @@ static void features(void *state, uint64_t acked)
     __atomic_add_fetch(&((vpci_handoff *)state)->life, 1, __ATOMIC_SEQ_CST);
 }
 
-/* What Python has not taken yet can be given up. */
+uint64_t vpci_handoff_recalls(vpci_handoff *h)
+{
+    return __atomic_load_n(&h->recalls, __ATOMIC_SEQ_CST);
+}
+
+bool vpci_handoff_is_recalled(const vpci_chain *chain)
+{
+    return chain->scratch[1] != __atomic_load_n(&chain->queue->recalls, __ATOMIC_SEQ_CST);
+}
+
+/* With the lock held: whoever takes next, or waits for something to take, looks at the chains that it has. */
+static void recall(vpci_handoff *h, uint32_t queue_index)
+{
+    if (!h->dev)
+        return;
+    __atomic_add_fetch(&h->dev->queues[queue_index]->recalls, 1, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&h->recalls, 1, __ATOMIC_SEQ_CST);
+    h->recalled = true;
+    pthread_cond_signal(&h->arrived);
+}
+
+/* What Python has not taken yet can be given up here; what it has kept, on its own thread. */
 static void cancel(void *state, uint32_t queue_index)
 {
     vpci_handoff *h = state;
@@ -117,7 +145,9 @@ static void cancel(void *state, uint32_t queue_index)
         given_up = chain;
     }
     h->last = at;
+    recall(h, queue_index);
     pthread_mutex_unlock(&h->lock);
+    wake(h);
     for (vpci_chain *next; given_up; given_up = next) {
         next = given_up->next;
         vpci_chain_done(given_up, 0);
@@ -148,7 +178,7 @@ static void await_chains(vpci_handoff *h, int timeout_ms)
 {
     struct timespec deadline = deadline_in(timeout_ms > 0 ? timeout_ms : 0);
     int rc = 0;
-    while (!h->first && !h->closed && rc != ETIMEDOUT && timeout_ms)
+    while (!h->first && !h->closed && !h->recalled && rc != ETIMEDOUT && timeout_ms)
         rc = timeout_ms < 0 ? pthread_cond_wait(&h->arrived, &h->lock)
                             : pthread_cond_timedwait(&h->arrived, &h->lock, &deadline);
 }
@@ -164,6 +194,7 @@ int vpci_handoff_take(vpci_handoff *h, vpci_chain **chains, uint32_t max, int ti
     }
     if (!h->first)
         h->last = &h->first;
+    h->recalled = false;
     bool over = !n && h->closed;
     pthread_mutex_unlock(&h->lock);
     return over ? -1 : (int)n;

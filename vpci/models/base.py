@@ -60,10 +60,16 @@ class Chain(Protocol):
     writable: int
 
     def read(self, n_bytes: int | None = None) -> bytes:
-        """The first `n_bytes` device-readable bytes; None = all of them, up to 4 GiB if the guest says so."""
+        """The first `n_bytes` device-readable bytes; None = all of them, up to 4 GiB if the guest says so.
+
+        Empty once the guest has begun a reset, or when the chain was taken back (`Model.serve`).
+        """
 
     def complete(self, data: bytes = b"") -> None:
-        """Put `data` into the device-writable part (at most `writable` bytes) and give the chain back."""
+        """Put `data` into the device-writable part (at most `writable` bytes) and give the chain back, from any thread.
+
+        Without effect when it was taken back meanwhile (`Model.serve`).
+        """
 
 
 class Host(Protocol):
@@ -76,9 +82,6 @@ class Host(Protocol):
         Other chains stay in the ring: they hold no memory, and a reset or an unmap does not wait for them. After its
         first call a queue is never served without one.
         """
-
-    def forget_chains(self) -> None:
-        """For `Model.reset`: chains of the old life that are still on their way are not to be served."""
 
     def wake(self) -> None:
         """Have the model's thread call `turn` soon; any thread."""
@@ -187,7 +190,11 @@ class Model:
         return field.feature is None or bool(self.offered >> field.feature & 1)
 
     def reset(self) -> None:
-        """Back to the configured state. A subclass that overrides it calls this one."""
+        """Back to the configured state. A subclass that overrides it calls this one.
+
+        A model in Python that keeps chains gives them back here: the reset is answered when all have been, or after 2 s
+        without the others. From now on serve() is not called with chains of the life that ends.
+        """
         self._written.clear()
 
     def config_written(self, fields: tuple[str, ...]) -> None:
@@ -197,7 +204,12 @@ class Model:
         """Hook: G changed (64 bits). It may come at any time, also while queues run."""
 
     def serve(self, chains: Sequence[Chain]) -> None:
-        """Hook of a model in Python: new chains of one queue, as a batch; each is to be completed, now or later."""
+        """Hook of a model in Python: new chains of one queue, as a batch; each is to be completed, now or later.
+
+        Chains may be kept, and completed on any thread. They are taken back, empty, when somebody (a reset, an unmap,
+        the end of the client) has waited for them for 2 s, and at once when serve() returns to find that the guest has
+        begun a reset; a model need not notice.
+        """
         raise NotImplementedError(f"model {self.name} has neither an engine nor serve()")
 
     def attach(self, host: Host) -> None:

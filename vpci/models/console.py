@@ -386,8 +386,6 @@ class ConsoleModel(Model):
             self._removed.clear()
             for port in self.ports.values():
                 port.ready = port.guest_open = port.told_open = False
-            if self._host:
-                self._host.forget_chains()
         self._wake()
 
     def flush(self) -> None:

@@ -103,10 +103,16 @@ class BlkEngine:
 
 
 class PythonChain:
-    """One request in the hands of a model in Python. Guest memory is touched only by read() and complete()."""
+    """One request in the hands of a model in Python. Guest memory is touched only by read() and complete().
 
-    def __init__(self, chain: Any) -> None:
+    `is_old(chain)` says whether the guest has begun a reset since it came.
+    """
+
+    def __init__(self, chain: Any, is_old: Callable[[PythonChain], bool]) -> None:
         self._chain = chain
+        self._is_old = is_old
+        self._lock = threading.Lock()  # a model may use it on any thread while the engine takes it back
+        self._taken_back = False
         self.queue: int = chain.queue_index
         self.head: int = chain.head
         self.readable: int = chain.out_len
@@ -120,19 +126,39 @@ class PythonChain:
 
     def read(self, n_bytes: int | None = None) -> bytes:
         """The first `n_bytes` device-readable bytes; None = all of them."""
-        data = bytearray(self.readable if n_bytes is None else min(n_bytes, self.readable))
-        got = lib.vpci_chain_read(self._held(), 0, ffi.from_buffer(data), len(data))
-        return bytes(data[:got])
+        with self._lock:
+            if self._taken_back or self._is_old(self):
+                return b""
+            data = bytearray(self.readable if n_bytes is None else min(n_bytes, self.readable))
+            got = lib.vpci_chain_read(self._held(), 0, ffi.from_buffer(data), len(data))
+            return bytes(data[:got])
 
     def complete(self, data: bytes = b"") -> None:
         """Put `data` into the writable part, cut to its size, and give the chain back. ValueError the second time."""
-        chain, self._chain = self._held(), None
-        written = lib.vpci_chain_write(chain, 0, data, len(data))
-        lib.vpci_chain_done(chain, written)
+        with self._lock:
+            if self._taken_back:
+                self._taken_back = False  # a second time is the model's fault as ever
+                return
+            chain, self._chain = self._held(), None
+            written = lib.vpci_chain_write(chain, 0, data, len(data))
+            lib.vpci_chain_done(chain, written)
+
+    def take_back(self) -> None:
+        """Give it back empty, if the model has not; what the model does with it from now on has no effect."""
+        with self._lock:
+            if self._chain is not None:
+                lib.vpci_chain_done(self._chain, 0)
+                self._chain, self._taken_back = None, True
 
     @property
     def is_complete(self) -> bool:
         return self._chain is None
+
+    @property
+    def is_recalled(self) -> bool:
+        """Whether somebody has waited too long for it."""
+        with self._lock:
+            return self._chain is not None and bool(lib.vpci_handoff_is_recalled(self._chain))
 
     def _held(self) -> Any:
         if self._chain is None:
@@ -141,17 +167,28 @@ class PythonChain:
 
 
 class PythonEngine:
-    """Serves a model written in Python on a thread of its own: a model that sleeps holds up its own queues only."""
+    """Serves a model written in Python on a thread of its own: a model that sleeps holds up its own queues only.
+
+    Chains that the model keeps are remembered. Those of the life before a reset are taken back from a serve() that
+    comes too late for Model.reset() to know of them; the others when somebody has waited too long for their queue.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.ops = lib.vpci_handoff_engine()
         self.state = lib.vpci_handoff_new()
         self.failures = 0
+        self._stale = -1  # chains of this life or an older one were there before the last reset
+        self._kept: list[PythonChain] = []  # by the model, after serve()
+        self._recalls = 0  # up to which they were looked at
         self._thread = threading.Thread(target=self._run, name=f"vpci-{model.name}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def forget_chains(self) -> None:
+        """Model.reset() is about to be called: chains of the life that ends are not to be served any more."""
+        self._stale = lib.vpci_handoff_life(self.state)
 
     def close(self) -> None:
         lib.vpci_handoff_close(self.state)
@@ -166,16 +203,49 @@ class PythonEngine:
     def _run(self) -> None:
         taken = ffi.new("vpci_chain *[]", BATCH)
         while (count := lib.vpci_handoff_take(self.state, taken, BATCH, -1)) >= 0:
-            self._serve_batch([PythonChain(taken[index]) for index in range(count)])
+            self._deal_with(taken, count)
+
+    def _deal_with(self, taken: Any, count: int) -> None:
+        if self._recalls != (recalls := lib.vpci_handoff_recalls(self.state)):
+            self._recalls = recalls
+            self._take_back_recalled()
+        self._serve_batch([PythonChain(taken[index], self._is_old) for index in range(count)])
+
+    def _is_old(self, chain: PythonChain) -> bool:
+        return chain.life <= self._stale
 
     def _serve_batch(self, chains: list[PythonChain]) -> None:
         by_queue: dict[int, list[PythonChain]] = defaultdict(list)
         for chain in chains:
             by_queue[chain.queue].append(chain)
         for batch in by_queue.values():
+            self._count(batch)  # not before: want() may be called for this queue while another's chains are served
             self._serve(batch)
 
+    def _count(self, batch: list[PythonChain]) -> None:
+        """Chains of one queue have come."""
+
     def _serve(self, batch: list[PythonChain]) -> None:
+        """All of a batch are of one life, or of two after a reset; only those of the new one reach the model.
+
+        The reset may also come later, while the model has them: what it keeps of them then it keeps in vain.
+        """
+        new = [chain for chain in batch if not self._is_old(chain)]
+        if new:
+            self._call_model(new)
+        kept = [chain for chain in batch if not chain.is_complete]
+        for chain in filter(self._is_old, kept):
+            chain.take_back()
+        if kept:
+            self._kept = [chain for chain in self._kept + kept if not chain.is_complete]
+
+    def _take_back_recalled(self) -> None:
+        """What somebody has waited for too long."""
+        for chain in self._kept:
+            if chain.is_recalled:
+                chain.take_back()
+
+    def _call_model(self, batch: list[PythonChain]) -> None:
         """A model that raises loses the chains that it has not completed: they go back with length 0."""
         typed: list[Chain] = list(batch)
         try:
@@ -186,8 +256,7 @@ class PythonEngine:
                 "model %s failed on queue %d; its %d chains go back empty", self.model.name, batch[0].queue, len(batch)
             )
             for chain in batch:
-                if not chain.is_complete:
-                    chain.complete()
+                chain.take_back()
 
 
 class EventEngine(PythonEngine):
@@ -204,7 +273,6 @@ class EventEngine(PythonEngine):
         self._lock = threading.Lock()  # of what follows: want() is called from any thread
         self._credit: Counter[int] = Counter()  # by queue: asked for and not yet handed over
         self._gated: set[int] = set()
-        self._stale = -1  # chains of this life or an older one were there before the last reset
         self._dev: Any = ffi.NULL
         self._config_changed: Callable[[bool], None] = lambda tell: None
 
@@ -230,9 +298,6 @@ class EventEngine(PythonEngine):
             self._credit[queue] = n_bytes
             lib.vpci_dev_grant(self._dev, queue, n_bytes - credit)
 
-    def forget_chains(self) -> None:
-        self._stale = lib.vpci_handoff_life(self.state)
-
     def wake(self) -> None:
         with self._lock:
             if self._dev != ffi.NULL:
@@ -255,7 +320,7 @@ class EventEngine(PythonEngine):
         taken = ffi.new("vpci_chain *[]", BATCH)
         wait: float | None = 0
         while (count := self._take(taken, wait)) >= 0:
-            self._serve_batch([PythonChain(taken[index]) for index in range(count)])
+            self._deal_with(taken, count)
             again = (
                 self._turn()
             )  # after each batch: a driver that floods a queue must not keep the model from its events
@@ -270,21 +335,9 @@ class EventEngine(PythonEngine):
                 self._guarded(f"event of fd {fd}", self._calls[fd], events)
         return int(lib.vpci_handoff_take(self.state, taken, BATCH, 0))
 
-    def _serve_batch(self, chains: list[PythonChain]) -> None:
-        for chain in chains:
-            if chain.life <= self._stale:
-                self._count([chain])
-                chain.complete()
-        super()._serve_batch([chain for chain in chains if not chain.is_complete])
-
-    def _serve(self, batch: list[PythonChain]) -> None:
-        self._count(batch)  # not before: want() may be called for this queue while another's chains are served
-        super()._serve(batch)
-
-    def _count(self, chains: list[PythonChain]) -> None:
-        """Chains of one queue have come to the model."""
+    def _count(self, batch: list[PythonChain]) -> None:
         with self._lock:
-            self._credit[chains[0].queue] -= sum(chain.cost for chain in chains)
+            self._credit[batch[0].queue] -= sum(chain.cost for chain in batch)
 
     def _turn(self) -> float | None:
         again: list[float | None] = [1.0]  # after a failure: not at once
@@ -304,6 +357,12 @@ def connect(engine: Engine, dev: Any, config_changed: Callable[[bool], None]) ->
     wants: Callable[[Any, Callable[[bool], None]], None] | None = getattr(engine, "connect", None)
     if wants is not None:
         wants(dev, config_changed)
+
+
+def before_reset(engine: Engine) -> Callable[[], None]:
+    """What is to be called before each Model.reset()."""
+    forget: Callable[[], None] = getattr(engine, "forget_chains", lambda: None)
+    return forget
 
 
 def engine_of(model: Model) -> Engine:

@@ -240,8 +240,6 @@ class NetModel(Model):
             super().reset()
             self._forget()
             self._use_pairs(1)
-            if self._host:
-                self._host.forget_chains()
             self._install()
 
     def _has(self, bit: int) -> bool:
@@ -482,7 +480,7 @@ class NetModel(Model):
             }
 
     operations = {
-        "link": Operation("take the link up or down; the driver is told", ("UP|DOWN",), set_link),
+        "link": Operation("take the link up or down; the driver is told", ("up|down",), set_link),
         "reopen": Operation("open a backend that went away anew", (), reopen),
         "filter": Operation("what the driver set: its address, receive modes, tables, VLANs, pairs", (), filter),
         "announce": Operation("ask the driver to tell its neighbours where it is", (), announce),

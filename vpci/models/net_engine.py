@@ -37,6 +37,10 @@ class NetEngine:
         lib.vpci_net_attach(self.state, dev)
         self._control.connect(dev, config_changed)
 
+    def forget_chains(self) -> None:
+        """Model.reset() is about to be called."""
+        self._control.forget_chains()
+
     def start(self) -> None:
         self._control.start()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from vpci.pci.function import Function
 from vpci.regs import find_layout
 from vpci.testing.contract import Unmet, equal, expect
 from vpci.vfu.client import Client
+from vpci.vfu.notes import Report
 from vpci.vfu.server import Server
 from vpci.virtio.device import Device, DeviceSettings
 from vpci.virtio.dialect import find_dialect
@@ -38,9 +39,10 @@ class Shape(NamedTuple):
 
 @dataclass
 class Run:
-    """A model's server, what its serve() raised so far, and once it was stopped what was lost (empty: nothing)."""
+    """A model's server, what it reported, what its serve() raised, and what was lost when it stopped, or nothing."""
 
     server: Server
+    reports: Sequence[Report]
     raised: Sequence[Exception]
     lost: str = ""
 
@@ -89,9 +91,9 @@ class Bench:
 @contextlib.contextmanager
 def served(model: Model) -> Iterator[Run]:
     """The model's server, started; stopped at the end, which closes the model."""
-    raised = _recorded(model)
+    raised, reports = _recorded(model), list[Report]()
     with tempfile.TemporaryDirectory(prefix="vpci-") as folder:
-        run = Run(_server(model, f"{folder}/contract.sock"), raised)
+        run = Run(_server(model, f"{folder}/contract.sock", reports.append), reports, raised)
         try:
             yield run
         finally:
@@ -111,11 +113,11 @@ def driven(model: Model, patience: float) -> Iterator[Bench]:
         yield Bench(model, run, driver)
 
 
-def _server(model: Model, path: str) -> Server:
+def _server(model: Model, path: str, report: Callable[[Report], None]) -> Server:
     try:
         settings = DeviceSettings(n_vectors=model.n_vectors, max_sg=model.max_sg)
         device = Device(model, find_dialect(DIALECT), find_layout("legacy"), settings)
-        server = Server(Function(device, model.n_vectors), device, model, path)
+        server = Server(Function(device, model.n_vectors), device, model, path, report)
     except BaseException:
         model.close()
         raise

@@ -73,8 +73,8 @@ def check_model(make: Callable[[], Model], *, holds: Collection[str] = (), patie
 
     `make()` gives a new model, each time configured in the same way, and with a backend that may be written to: every
     kind of request is sent to it. The models are closed. `holds` names the queues on which the device keeps requests
-    until it has something for them, such as a receive queue; they are set up, and nothing is sent there. `patience` is
-    in seconds: how long a request may take.
+    until it has something for them, such as a receive queue; they are set up, and what is sent there need not come back
+    before a reset. `patience` is in seconds: how long a request may take.
     """
     seam = getattr(make, "name", getattr(make, "__name__", repr(make)))
     check(f"check_model({seam})", Subject(make, frozenset(holds), patience), CLAUSES)
@@ -280,6 +280,23 @@ def a_reset_with_work_in_flight_ends_and_it_works_again(subject: Subject) -> Non
                 bench.wait_back(index, _PLAIN)
 
 
+def a_reset_gives_back_what_it_keeps(subject: Subject) -> None:
+    """Where the model keeps requests. Those that it does not give back would be taken from it, after a while."""
+    with subject.bench() as bench:
+        every = range(len(bench.model.queues()))
+        answering = subject.answering(bench.model)
+        for index in set(every) - set(answering):
+            for _ in range(bench.driver.queues[index].ring.size):
+                bench.offer(index, _PLAIN)
+            bench.kick(index)
+        for index in answering:  # they are served after those that came first
+            bench.offer(index, _PLAIN)
+            bench.wait_back(index, _PLAIN)
+        bench.driver.restart(bench.model.features, queues=tuple(every))
+        slow = [report.text for report in bench.run.reports if report.event == "drain_cancel"]
+        equal("what the reset had to give up", slow, [])
+
+
 def it_stops_and_loses_nothing(subject: Subject) -> None:
     """After it has served; then its backend is free again."""
     for _ in range(2):
@@ -307,5 +324,6 @@ CLAUSES: tuple[Callable[[Subject], None], ...] = (
     a_full_ring_comes_back,
     its_configuration_can_be_read_while_it_serves,
     a_reset_with_work_in_flight_ends_and_it_works_again,
+    a_reset_gives_back_what_it_keeps,
     it_stops_and_loses_nothing,
 )

@@ -16,7 +16,7 @@ from vpci._core import ffi, lib
 from vpci.effects import OPS, Effects
 from vpci.errors import BackendError, ClientError, ConfigError
 from vpci.models.base import Model
-from vpci.models.engine import connect, engine_of
+from vpci.models.engine import before_reset, connect, engine_of
 from vpci.pci.function import Function
 from vpci.vfu.notes import Report, report_of
 from vpci.vfu.session import Session
@@ -67,6 +67,7 @@ class Server:
             raise MemoryError("no memory for the device")
         model.event = self._model_event
         connect(self.engine, self._dev, self.config_changed)
+        device.before_reset = before_reset(self.engine)
         function.set_intx_level(lambda: bool(self._dev_stats().intx_status))
         function.set_pending(self._pending)
 

@@ -68,6 +68,7 @@ class Device:
         self.bar_size = _bar_size(layout, dialect, settings, model.config_size)
         self.counters: Counter[str] = Counter(bad_access=0, late_features=0, bad_feature=0)
         self.isr_read: Callable[[], int] = lambda: 0
+        self.before_reset: Callable[[], None] = lambda: None  # of the model
         self.generation = 0
         self.msix_enabled = False
         self.status = 0
@@ -210,6 +211,7 @@ class Device:
 
     def reset(self, fx: Effects) -> None:
         """Everything but PCI state as at power-on; queues stop first, so that nothing of the old life is written."""
+        self.before_reset()
         for index, queue in enumerate(self.queues):
             fx.queue_stop(index)
             queue.reset()

@@ -57,7 +57,8 @@ typedef struct vpci_handoff vpci_handoff;
 vpci_handoff *vpci_handoff_new(void);
 void vpci_handoff_free(vpci_handoff *h);
 const vpci_engine *vpci_handoff_engine(void);
-/* Up to max chains; waits up to timeout_ms (-1: for ever) for the first. Returns how many, or -1 once closed. */
+/* Up to max chains; waits up to timeout_ms (-1: for ever) for the first, or until chains are recalled. Returns how many,
+ * or -1 once closed. */
 int vpci_handoff_take(vpci_handoff *h, vpci_chain **chains, uint32_t max, int timeout_ms);
 /* Wake every taker; takes return -1 from now on. */
 void vpci_handoff_close(vpci_handoff *h);
@@ -67,6 +68,10 @@ int vpci_handoff_event_fd(vpci_handoff *h);
 /* How often the negotiated features have changed; chain->scratch[0] has it as it was when the chain came. A reset
  * changes them after its drain, so chains of the old life have the number of before. */
 uint64_t vpci_handoff_life(vpci_handoff *h);
+/* How often chains were recalled: when it has grown, those that were taken before are worth a look. */
+uint64_t vpci_handoff_recalls(vpci_handoff *h);
+/* A chain that was taken and is not done: has somebody waited too long for its queue since it came? */
+bool vpci_handoff_is_recalled(const vpci_chain *chain);
 /* Finish n chains with one call. */
 void vpci_chains_done(vpci_chain **chains, const uint32_t *lens, uint32_t n);
 void vpci_chain_done(vpci_chain *chain, uint32_t len);
