@@ -89,7 +89,7 @@ def transfer(guest: Guest, port: socket.socket, n_bytes: int) -> None:
 
 
 def receive(port: socket.socket, n_bytes: int, into: object) -> None:
-    while n_bytes and (data := port.recv(MIB)):
+    while n_bytes and (data := port.recv(min(n_bytes, MIB))):
         into.update(data)
         n_bytes -= len(data)
 

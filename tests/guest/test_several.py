@@ -40,6 +40,8 @@ PINGS, PING_BYTES, ROUNDS, CONSOLE_MIB = 150, 1400, 2, 4
 CHURN = 800
 WAIT_S = 60
 ALONE = 1 << 20  # the size of files of this process while its disk is full
+#: A port is opened once, and it ends for the guest while its host is not there: the first byte says that it is.
+ECHO = 'exec 3<> {port}; until [ "$(dd bs=1 count=1 <&3 2> /dev/null)" = . ]; do usleep 10000; done; exec cat <&3 >&3'
 DISK = (
     "for n in {rounds}; do dd if=/dev/urandom of=/data bs=1M count=4 && "
     "dd if=/data of=/dev/vda bs=1M seek=$((n * 4)) conv=fsync,notrunc && echo 3 > /proc/sys/vm/drop_caches && "
@@ -191,7 +193,7 @@ class Together:
         commands = {
             "blk": DISK.format(rounds=" ".join(map(str, range(ROUNDS)))),
             "net": f"ping -A -c {PINGS} -s {PING_BYTES} 10.7.0.9 | tee /pinged; grep -q ' {PINGS} packets rec' /pinged",
-            "console": f"exec cat <> {port} >&0",  # a port is opened once
+            "console": ECHO.format(port=port),
         }
         jobs = " ".join(f'({commands[model]}) > /{model}.log 2>&1 & all="$all $!";' for model in models)
         script = f"all=; {jobs} ({beside}) > /beside.log 2>&1 || exit 1; for p in $all; do wait $p || exit 1; done"
@@ -221,7 +223,7 @@ class Together:
         data = random.Random(n_bytes).randbytes(n_bytes)
         got = hashlib.md5()
         with connected(self.folder / "data.sock") as port:
-            sender = Task(lambda: port.sendall(data))
+            sender = Task(lambda: port.sendall(b"." + data))
             receive(port, n_bytes, got)
             sender.result()
         assert got.hexdigest() == hashlib.md5(data).hexdigest()
