@@ -12,7 +12,7 @@ from pathlib import Path
 from vpci.guest.apt import private_apt, unpack
 from vpci.guest.cache import Progress, item_path, published, quiet
 from vpci.guest.errors import ProvisionError
-from vpci.guest.qemu import needed_libraries
+from vpci.guest.qemu import environment, needed_libraries
 
 ITEM = "pciutils"
 SUITE = "trixie"
@@ -57,4 +57,4 @@ def _loader_list(root: Path) -> str:
     """What the unpacked loader says that the binary needs."""
     path = str(root / "usr/lib/x86_64-linux-gnu")
     argv = [str(root / _LOADER), "--inhibit-cache", "--library-path", path, "--list", str(root / _BINARY)]
-    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False).stdout

@@ -53,7 +53,7 @@ def ensure_qemu(progress: Progress = quiet) -> Qemu:
 
 
 def environment() -> dict[str, str]:
-    """What QEMU is started with: ours, without what is preloaded: that fits our libc, not its own."""
+    """What programs with a libc of their own are started with: ours, without what is preloaded, which fits our libc."""
     return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 from vpci.guest.pciutils import find_lspci
+from vpci.guest.qemu import environment
 
 SLOT = "00:00.0"
 #: What is shown instead where there is none.
@@ -35,6 +35,6 @@ def view(text: str) -> str | None:
         file.write_text(text)
         command = [*program, "-F", str(file), "-n", "-vv"]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env={**os.environ, "LC_ALL": "C"}
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env={**environment(), "LC_ALL": "C"}
         )
     return done.stdout.strip() + "\n" if done.returncode == 0 else f"{program[-1]} failed: {done.stderr.strip()}\n"
