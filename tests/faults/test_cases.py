@@ -75,6 +75,7 @@ def test_a_kick_right_before_a_deferred_unmap_fetches_nothing(rig):
     """Both come in one piece, so that the queue has been kicked and not looked at when the unmap begins."""
     queue = rig.start()
     rig.hold(gpa=OTHER.gpa)
+    rig.settle()  # else the turn that fetched the first may find the second one too
     queue.add([Buffer(OTHER.gpa + 64, 16, True)])
     queue.publish()
     field = rig.device.map.by_name["queue_notify"]
