@@ -6,7 +6,6 @@ They are of one Debian release wherever they run, with their own loader and libr
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import time
@@ -15,11 +14,11 @@ from pathlib import Path
 
 from vpci.guest.apt import private_apt, unpack
 from vpci.guest.cache import published
+from vpci.guest.loader import UNPACKED_LIBRARIES, UNPACKED_LOADER, by_loader, environment
 
 RELEASE = "trixie"
 PACKAGES = ["nbdkit", "qemu-utils"]
 START_S = 20
-_LIBRARIES = "usr/lib/x86_64-linux-gnu"
 
 
 def root() -> Path:
@@ -35,17 +34,7 @@ def root() -> Path:
 def command(program: str, *arguments: str) -> list[str]:
     """A program of the packages, by the loader that came with it."""
     tree = root()
-    loader = next(
-        path for path in (tree / "lib64/ld-linux-x86-64.so.2", tree / "usr/lib64/ld-linux-x86-64.so.2") if path.exists()
-    )
-    folders = [str(tree / part) for part in (_LIBRARIES, "lib/x86_64-linux-gnu")]
-    binary = next(path for path in (tree / "usr/bin" / program, tree / "usr/sbin" / program) if path.exists())
-    return [str(loader), "--library-path", ":".join(folders), str(binary), *arguments]
-
-
-def environment() -> dict[str, str]:
-    """Ours, without what is preloaded for us: it would meet another libc."""
-    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return [*by_loader(tree / UNPACKED_LOADER, [tree / UNPACKED_LIBRARIES], tree / "usr/bin" / program), *arguments]
 
 
 def run(program: str, *arguments: str) -> None:
@@ -91,7 +80,7 @@ class Server:
 @contextlib.contextmanager
 def nbdkit(folder: Path, *arguments: str) -> Iterator[Server]:
     """nbdkit in the foreground: "--filter=NAME" and "plugin:NAME" stand for files, the rest are its own words."""
-    libraries = root() / _LIBRARIES / "nbdkit"
+    libraries = root() / UNPACKED_LIBRARIES / "nbdkit"
     words = [_with_path(word, libraries) for word in arguments]
     path = folder / "nbdkit.nbd"
     server = Server(path, command("nbdkit", "--foreground", "--unix", str(path), "--exit-with-parent", *words))

@@ -19,13 +19,18 @@ import pytest
 from vpci.guest import Guest, ProvisionError
 from vpci.guest.apt import private_apt, unpack
 from vpci.guest.cache import published
-from vpci.guest.qemu import environment, needed_libraries
+from vpci.guest.loader import (
+    LOADER,
+    UNPACKED_LIBRARIES,
+    UNPACKED_LOADER,
+    by_loader,
+    environment,
+    needed_libraries,
+)
 
 RELEASE = "trixie"
 PROGRAMS = ("iperf3", "tshark")
-LOADER = "ld-linux-x86-64.so.2"
 OPENED_LATE = "libgcc_s.so.1"  # when a thread of iperf3 is cancelled
-LIBRARIES = "usr/lib/x86_64-linux-gnu"
 IN_GUEST = "/usr/lib/iperf3"
 WAIT_S = 120
 
@@ -44,10 +49,10 @@ def folder() -> Path:
 
 
 def keep(root: Path, item: Path) -> None:
-    loader = root / "usr/lib64" / LOADER
+    loader = root / UNPACKED_LOADER
     libraries = {LOADER: loader}
     for program in PROGRAMS:
-        libraries |= needed(loader, root / LIBRARIES, root / "usr/bin" / program, root)
+        libraries |= needed_libraries(loader, [root / UNPACKED_LIBRARIES], root / "usr/bin" / program, root)
     for name, source in libraries.items():
         copied(source, item / "lib" / name)
     for program in PROGRAMS:
@@ -59,23 +64,16 @@ def copied(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
 
 
-def needed(loader: Path, libraries: Path, program: Path, root: Path) -> dict[str, Path]:
-    """The libraries of a program by name, all of them below `root`."""
-    words = [str(loader), "--inhibit-cache", "--library-path", str(libraries), "--list", str(program)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment())
-    return needed_libraries(done.stdout, root)
-
-
 def command(program: str, *arguments: str) -> list[str]:
     """A program by the loader that came with it."""
     item = folder()
-    return [str(item / "lib" / LOADER), "--library-path", str(item / "lib"), str(item / "bin" / program), *arguments]
+    return [*by_loader(item / "lib" / LOADER, [item / "lib"], item / "bin" / program), *arguments]
 
 
 def iperf3_for_guests() -> dict[str, Path | bytes]:
     """Files for a guest that has no libraries: `iperf3` is a command there."""
     item = folder()
-    libraries = needed(item / "lib" / LOADER, item / "lib", item / "bin/iperf3", item)
+    libraries = needed_libraries(item / "lib" / LOADER, [item / "lib"], item / "bin/iperf3", item)
     start = f'#!/bin/sh\nexec {IN_GUEST}/{LOADER} --library-path {IN_GUEST} {IN_GUEST}/iperf3 "$@"\n'
     return {
         "/bin/iperf3": start.encode(),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vpci.guest import attach_args, ensure_qemu
-from vpci.guest.qemu import environment
+from vpci.guest.loader import environment
 
 WAIT_S = 10
 IO_BAR, MEMORY_BAR = 0xC000, 0xE000_0000

@@ -17,7 +17,7 @@ import pytest
 from tests.doubles import environment, serving
 from vpci.guest import ensure_kernel, ensure_qemu
 from vpci.guest.initramfs import build
-from vpci.guest.qemu import environment as qemu_environment
+from vpci.guest.loader import environment as qemu_environment
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "64M"\n'

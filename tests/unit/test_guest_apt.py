@@ -1,5 +1,6 @@
 """What the private apt is told: mirror, sources and configuration as text; nothing is fetched here."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,20 @@ def test_only_root_leaves_apts_sandbox(tmp_path: Path) -> None:
 def test_the_machines_proxy_is_kept(tmp_path: Path) -> None:
     proxy = 'Acquire::http::Proxy "http://proxy:3128";'
     assert proxy in config_text(tmp_path, [proxy]).splitlines()
+
+
+def test_what_is_preloaded_for_us_is_not_for_apt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A sanitizer's library has hung apt's gpgv."""
+    monkeypatch.setenv("LD_PRELOAD", "ours.so")
+    given = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> object:
+        given.append(env)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("VPCI_APT_MIRROR", "http://mirror/debian")
+    monkeypatch.setattr(apt.subprocess, "run", run)
+    apt.PrivateApt(tmp_path, ["sid"]).update()
+    apt.unpack([tmp_path / "a.deb"], tmp_path)
+    assert given
+    assert all("LD_PRELOAD" not in env for env in given)

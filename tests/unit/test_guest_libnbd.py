@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vpci.guest import ProvisionError, libnbd
+from vpci.guest import ProvisionError, libnbd, loader
 
 
 @pytest.fixture(autouse=True)
@@ -61,5 +61,5 @@ def test_parts_of_libc_are_left_where_they_are(tmp_path, monkeypatch):
     """A second libc in one process would be the end of it."""
     root = tmp_path / "root"
     listing = "".join(f"\t{name} => {root}/lib/{name} (0x1)\n" for name in ("libc.so.6", "libm.so.6", "libxml2.so.2"))
-    monkeypatch.setattr(libnbd.subprocess, "run", lambda *_, **__: type("Done", (), {"stdout": listing}))
+    monkeypatch.setattr(loader.subprocess, "run", lambda *_, **__: type("Done", (), {"stdout": listing}))
     assert set(libnbd._libraries(root)) == {libnbd.SONAME, "libxml2.so.2"}

@@ -7,7 +7,8 @@ import pytest
 
 from vpci.guest.errors import ProvisionError
 from vpci.guest.kernel import find_kernel
-from vpci.guest.qemu import find_qemu, needed_libraries, qemu_version
+from vpci.guest.loader import listed_libraries
+from vpci.guest.qemu import find_qemu, qemu_version
 from vpci.guest.qemu_args import attach_args, memory_args, qemu_device_args
 
 LIST = """
@@ -53,14 +54,14 @@ def test_an_unknown_machine_is_refused() -> None:
 
 
 def test_the_libraries_are_those_that_the_loader_names(tmp_path: Path) -> None:
-    found = needed_libraries(LIST.format(root=tmp_path), tmp_path)
+    found = listed_libraries(LIST.format(root=tmp_path), tmp_path)
     assert found == {name: tmp_path / "usr/lib" / name for name in ("libaio.so.1t64", "libc.so.6")}
 
 
 def test_a_missing_library_and_one_of_the_hosts_are_named(tmp_path: Path) -> None:
     text = LIST.format(root=tmp_path) + "\tlibbpf.so.1 => not found\n\tlibz.so.1 => /lib/libz.so.1 (0x0)\n"
     with pytest.raises(ProvisionError, match=r"libbpf\.so\.1, libz\.so\.1"):
-        needed_libraries(text, tmp_path)
+        listed_libraries(text, tmp_path)
 
 
 def test_the_version_is_read_from_qemus_own_words() -> None:

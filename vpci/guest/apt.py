@@ -17,6 +17,7 @@ from pathlib import Path
 
 from vpci.guest.cache import Progress, cache_dir, item_path, published, quiet
 from vpci.guest.errors import ProvisionError
+from vpci.guest.loader import environment
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 CODENAMES = frozenset({"bullseye", "bookworm", "trixie", "forky", "duke", "sid"})
@@ -60,7 +61,7 @@ def _likeness(target: Target) -> tuple[bool, bool]:
 def _machine_targets() -> list[Target]:
     line_format = "|".join(f"$({name})" for name in _TARGET_FIELDS)
     command = ["apt-get", "indextargets", "--no-release-info", "--format", line_format]
-    lines = _output(command, dict(os.environ)).splitlines()
+    lines = _output(command, environment()).splitlines()
     return [Target(*fields) for line in lines if len(fields := line.split("|")) == len(_TARGET_FIELDS)]
 
 
@@ -106,7 +107,7 @@ class PrivateApt:
         self.folder = folder
         self.suites = suites
         self.progress = progress
-        self._env = {**os.environ, "APT_CONFIG": str(folder / "apt.conf"), "LC_ALL": "C.UTF-8"}
+        self._env = {**environment(), "APT_CONFIG": str(folder / "apt.conf"), "LC_ALL": "C.UTF-8"}
 
     def update(self) -> None:
         """Write the configuration and fetch the lists."""
@@ -215,7 +216,7 @@ def unpack(debs: Iterable[Path], into: Path, progress: Progress = quiet) -> Path
     files = list(debs)
     progress(f"unpacking {len(files)} packages")
     for deb in files:
-        _output(["dpkg-deb", "--extract", str(deb), str(into)], dict(os.environ))
+        _output(["dpkg-deb", "--extract", str(deb), str(into)], environment())
     return into
 
 
@@ -248,7 +249,7 @@ def debian_codename() -> str:
 
 
 def _proxy_lines() -> list[str]:
-    lines = _output(["apt-config", "dump"], dict(os.environ)).splitlines()
+    lines = _output(["apt-config", "dump"], environment()).splitlines()
     return [line for line in lines if _PROXY_LINE.match(line)]
 
 

@@ -5,16 +5,15 @@ process, with this process' libc.
 """
 
 import ctypes
-import subprocess
 from pathlib import Path
 
 from vpci.guest.apt import debian_codename, private_apt, unpack
 from vpci.guest.cache import Progress, item_path, published, quiet
 from vpci.guest.errors import ProvisionError
-from vpci.guest.qemu import needed_libraries
+from vpci.guest.loader import LOADER, UNPACKED_LIBRARIES, needed_libraries
 
 SONAME = "libnbd.so.0"
-_LOADER = "/lib64/ld-linux-x86-64.so.2"
+_LOADER = Path("/lib64", LOADER)  # the machine's
 #: Parts of libc: the process has them, and must not get others.
 _LIBC = ("libc.so.", "libm.so.", "libdl.so.", "libpthread.so.", "librt.so.", "libresolv.so.")
 
@@ -24,24 +23,22 @@ def find_libnbd() -> str | None:
 
     Raises ProvisionError when the cache's cannot be loaded.
     """
-    if _loads(SONAME):
-        return SONAME
     folder = _folder()
-    if not folder.is_dir():
-        return None
-    _load_all(sorted(folder.iterdir()))
-    return str(folder / SONAME)
+    return _installed() or (_loaded(folder) if folder.is_dir() else None)
 
 
 def ensure_libnbd(progress: Progress = quiet) -> str:
     """The libnbd that is here, or one brought into the cache. Raises ProvisionError."""
-    if found := find_libnbd():
-        return found
-    published(_item(), lambda folder: _make(folder, progress), progress)
-    found = find_libnbd()
-    if found is None:
-        raise ProvisionError(f"{_folder()} vanished while it was being made")
-    return found
+    return _installed() or _loaded(published(_item(), lambda folder: _make(folder, progress), progress))
+
+
+def _installed() -> str | None:
+    return SONAME if _loads(SONAME) else None
+
+
+def _loaded(folder: Path) -> str:
+    _load_all(sorted(folder.iterdir()))
+    return str(folder / SONAME)
 
 
 def _item() -> str:
@@ -67,11 +64,9 @@ def _make(folder: Path, progress: Progress) -> None:
 
 def _libraries(root: Path) -> dict[str, Path]:
     """libnbd and what it needs, by name, under `root`; libc's own parts are left out."""
-    folders = [root / part / "x86_64-linux-gnu" for part in ("usr/lib", "lib")]
+    folders = [root / UNPACKED_LIBRARIES, root / "lib/x86_64-linux-gnu"]
     library = folders[0] / SONAME
-    argv = [_LOADER, "--inhibit-cache", "--library-path", ":".join(map(str, folders)), "--list", str(library)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    needed = needed_libraries(done.stdout, root)
+    needed = needed_libraries(_LOADER, folders, library, root)
     return {SONAME: library} | {name: path for name, path in needed.items() if not name.startswith(_LIBC)}
 
 

@@ -25,7 +25,8 @@ from vpci.guest.cache import Progress, quiet
 from vpci.guest.errors import GuestFailed, GuestTimeout, MachineError
 from vpci.guest.kernel import ensure_kernel
 from vpci.guest.link import Link, Result
-from vpci.guest.qemu import Qemu, ensure_qemu, environment
+from vpci.guest.loader import environment
+from vpci.guest.qemu import Qemu, ensure_qemu
 from vpci.guest.qemu_args import SocketPath, memory_args, qemu_device_args
 
 if TYPE_CHECKING:

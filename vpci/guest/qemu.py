@@ -15,17 +15,14 @@ from pathlib import Path
 from vpci.guest.apt import private_apt, unpack
 from vpci.guest.cache import Progress, item_path, published, quiet
 from vpci.guest.errors import ProvisionError
+from vpci.guest.loader import LOADER, UNPACKED_LIBRARIES, UNPACKED_LOADER, by_loader, environment, needed_libraries
 
 OLDEST = (10, 1)
 ITEM = "qemu"
 # stable's libraries first; sid moves and may lose a library overnight
 SUITES: tuple[tuple[str, ...], ...] = (("trixie-backports", "trixie"), ("sid",))
 FIRMWARE = ("bios-256k.bin", "linuxboot_dma.bin", "kvmvapic.bin")
-_BINARY = "usr/bin/qemu-system-x86_64"
-_LOADER = "usr/lib64/ld-linux-x86-64.so.2"
-_LIBRARY_DIR = "usr/lib/x86_64-linux-gnu"
-# opened by libc at run time, so the loader's list does not name it
-_OPENED_LATE = ("libgcc_s.so.1",)
+_BINARY = "qemu-system-x86_64"
 
 
 @dataclass(frozen=True)
@@ -41,28 +38,22 @@ def find_qemu() -> Qemu | None:
 
     Raises ProvisionError when $VPCI_QEMU names one that cannot be used.
     """
-    if named := os.environ.get("VPCI_QEMU"):
-        return _judged([named], "VPCI_QEMU")
     folder = item_path(ITEM)
-    return Qemu(_cached_argv(folder), (folder / "version").read_text().strip()) if folder.is_dir() else None
+    return _named() or (_read(folder) if folder.is_dir() else None)
 
 
 def ensure_qemu(progress: Progress = quiet) -> Qemu:
     """The QEMU that is here, or one brought into the cache. Raises ProvisionError."""
-    return find_qemu() or _brought(progress)
+    return _named() or _read(published(ITEM, lambda folder: _make(folder, progress), progress))
 
 
-def environment() -> dict[str, str]:
-    """What programs with a libc of their own are started with: ours, without what is preloaded, which fits our libc."""
-    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+def _named() -> Qemu | None:
+    named = os.environ.get("VPCI_QEMU")
+    return _judged([named], "VPCI_QEMU") if named else None
 
 
-def _brought(progress: Progress) -> Qemu:
-    published(ITEM, lambda folder: _make(folder, progress), progress)
-    qemu = find_qemu()
-    if qemu is None:
-        raise ProvisionError(f"{item_path(ITEM)} vanished while it was being made")
-    return qemu
+def _read(folder: Path) -> Qemu:
+    return Qemu(_cached_argv(folder), (folder / "version").read_text().strip())
 
 
 def _make(folder: Path, progress: Progress) -> None:
@@ -93,10 +84,11 @@ def _make_from(suites: Sequence[str], folder: Path, progress: Progress) -> None:
 def _keep(root: Path, folder: Path) -> None:
     for name in ("bin", "lib", "share"):
         (folder / name).mkdir()
-    for name, source in needed_libraries(_loader_list(root), root).items():
+    loader, binary, libraries = root / UNPACKED_LOADER, root / "usr/bin" / _BINARY, root / UNPACKED_LIBRARIES
+    for name, source in needed_libraries(loader, [libraries, libraries / "systemd"], binary, root).items():
         shutil.copy2(source, folder / "lib" / name)
-    shutil.copy2(root / _LOADER, folder / "lib/ld-linux-x86-64.so.2")
-    shutil.copy2(root / _BINARY, folder / "bin")
+    shutil.copy2(loader, folder / "lib" / LOADER)
+    shutil.copy2(binary, folder / "bin")
     for name in FIRMWARE:
         shutil.copy2(_firmware(root, name), folder / "share" / name)
 
@@ -108,33 +100,9 @@ def _firmware(root: Path, name: str) -> Path:
     raise ProvisionError(f"the QEMU packages hold no {name}")
 
 
-def _loader_list(root: Path) -> str:
-    """What the unpacked loader says that the binary needs."""
-    path = ":".join(str(root / _LIBRARY_DIR / sub) for sub in ("", "systemd"))
-    argv = [str(root / _LOADER), "--inhibit-cache", "--library-path", path, "--list", str(root / _BINARY)]
-    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout
-
-
-def needed_libraries(loader_list: str, root: Path) -> dict[str, Path]:
-    """Library name -> file under `root`, from the loader's --list. Raises ProvisionError naming what is missing.
-
-    A library that was found outside `root` is the host's: it counts as missing.
-    """
-    found = dict(re.findall(r"^\s*(\S+) => (\S+)", loader_list, re.MULTILINE))
-    libraries = {name: Path(where) for name, where in found.items() if "/ld-linux" not in name}
-    missing = sorted(name for name, where in libraries.items() if not where.is_relative_to(root))
-    if missing or not libraries:
-        raise ProvisionError(f"the loader misses {', '.join(missing) or 'everything: it could not be run'}")
-    late = {name: root / _LIBRARY_DIR / name for name in _OPENED_LATE}
-    return libraries | {name: where for name, where in late.items() if where.exists()}
-
-
 def _cached_argv(folder: Path) -> list[str]:
     lib = folder / "lib"
-    return [
-        str(lib / "ld-linux-x86-64.so.2"), "--library-path", str(lib),
-        str(folder / "bin/qemu-system-x86_64"), "-L", str(folder / "share"),
-    ]  # fmt: skip
+    return [*by_loader(lib / LOADER, [lib], folder / "bin" / _BINARY), "-L", str(folder / "share")]
 
 
 def _judged(argv: list[str], where: str) -> Qemu:

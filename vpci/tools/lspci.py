@@ -6,8 +6,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from vpci.guest.loader import environment
 from vpci.guest.pciutils import find_lspci
-from vpci.guest.qemu import environment
 
 SLOT = "00:00.0"
 #: What is shown instead where there is none.
