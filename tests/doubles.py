@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from vpci.testing import served
 from vpci.testing.served import environment as environment
@@ -26,6 +28,13 @@ class Served(served.Served):
 
     def __init__(self, config: Path, sets: Sequence[str] = (), *, cwd: Path) -> None:
         super().__init__(config, [*ALWAYS, *sets], cwd=cwd)
+
+    def drained_state(self) -> dict[str, Any]:
+        """Its state at the end: it is asked to stop, and nothing was lost."""
+        self.process.send_signal(signal.SIGTERM)
+        stopped = self.wait_event("stopped")
+        assert stopped["drained"], stopped["lost"]
+        return dict(stopped["state"])
 
 
 def blk_config(

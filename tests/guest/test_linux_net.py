@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -83,11 +82,9 @@ class end:  # noqa: N801 - a context manager that reads as what it makes
 
 def check_counters(item: End) -> None:
     item.guest.close()
-    item.server.process.send_signal(signal.SIGTERM)
-    stopped = item.server.wait_event(lambda event: event["event"] == "stopped")
-    assert stopped["drained"], stopped["lost"]
-    assert all(ring["ring_errors"] == ring["request_errors"] == 0 for ring in stopped["state"]["rings"])
-    engine = stopped["state"]["engine"]
+    state = item.server.drained_state()
+    assert all(ring["ring_errors"] == ring["request_errors"] == 0 for ring in state["rings"])
+    engine = state["engine"]
     for name in ("rx_too_long", "rx_bad_buffer", "tx_short", "tx_bad_offload", "refused_commands", "failures"):
         assert engine[name] == 0, engine
 

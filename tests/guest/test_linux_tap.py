@@ -6,7 +6,6 @@ The host's end is the host's own kernel: it answers pings, and it judges every c
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -62,10 +61,7 @@ def run(request: pytest.FixtureRequest, namespace: None, tmp_path: Path) -> Iter
         guest.check(f"ip link set eth0 up && ip addr add {GUEST}/24 dev eth0")
         yield Run(guest, server)
         guest.close()
-        server.process.send_signal(signal.SIGTERM)
-        stopped = server.wait_event(lambda event: event["event"] == "stopped")
-        assert stopped["drained"], stopped["lost"]
-        engine = stopped["state"]["engine"]
+        engine = server.drained_state()["engine"]
         for name in ("rx_too_long", "rx_bad_buffer", "rx_bad_offload", "tx_bad_offload", "tx_errors", "failures"):
             assert engine[name] == 0, engine
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,10 +89,7 @@ def interface(folder: Path, n: int, sets: Sequence[str]) -> Iterator[Served]:
 
 
 def check_counters(server: Served) -> None:
-    server.process.send_signal(signal.SIGTERM)
-    stopped = server.wait_event(lambda event: event["event"] == "stopped")
-    assert stopped["drained"], stopped["lost"]
-    engine = stopped["state"]["engine"]
+    engine = server.drained_state()["engine"]
     for name in ("rx_too_long", "rx_bad_buffer", "rx_bad_offload", "tx_bad_offload", "not_captured", "failures"):
         assert engine[name] == 0, engine
 

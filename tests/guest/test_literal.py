@@ -60,7 +60,7 @@ def in_flight(guest: Guest) -> int:
 
 def last_state(server: Served) -> dict[str, Any]:
     server.process.send_signal(signal.SIGTERM)
-    ring = server.wait_event(lambda event: event["event"] == "stopped")["state"]["rings"][0]
+    ring = server.wait_event("stopped")["state"]["rings"][0]
     assert isinstance(ring, dict)
     return ring
 

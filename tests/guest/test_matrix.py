@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,10 +71,7 @@ def run_disk(image: Path, tmp_path: Path, *sets: str, **options: Any) -> Iterato
 
 
 def check_counters(server: Served) -> None:
-    server.process.send_signal(signal.SIGTERM)
-    stopped = server.wait_event(lambda event: event["event"] == "stopped")
-    assert stopped["drained"], stopped["lost"]
-    assert all(ring["ring_errors"] == ring["request_errors"] == 0 for ring in stopped["state"]["rings"])
+    assert all(ring["ring_errors"] == ring["request_errors"] == 0 for ring in server.drained_state()["rings"])
 
 
 def transport_bits(run: DiskGuest) -> set[int]:

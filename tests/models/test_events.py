@@ -126,7 +126,7 @@ def test_a_reset_does_not_wait_for_chains_that_nobody_wants(rig):
     rig.offer(ASKED, 2)
     assert rig.served(ASKED, 1) == [4096]
     rig.server.process.send_signal(signal.SIGTERM)
-    rig.server.wait_event(lambda event: event["event"] == "stopped")
+    rig.server.wait_event("stopped")
     assert {event["event"] for event in rig.server.events} <= {"listening", "client", "client_loses", "stopped"}
 
 

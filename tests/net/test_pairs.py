@@ -95,6 +95,17 @@ def pairs(wired):
     return Pairs(rig), end
 
 
+@pytest.fixture
+def two(wired):
+    """A flow of each of the pairs 1 and 2, and no buffers yet."""
+    rig, end = wired(f"net.pairs={PAIRS}", features=FEATURES, driver=False)
+    driver = Pairs(rig, room=0)
+    for pair in (1, 2):
+        driver.send(pair, ip_frame(pair, 80, reply=True))
+        assert end.receive()
+    return driver, end
+
+
 @pytest.mark.parametrize("kind", [{}, {"v6": True}, {"tag": b"\x81\x00\0\5"}], ids=["ipv4", "ipv6", "vlan"])
 def test_a_flow_comes_in_on_the_pair_that_sent_it(pairs, kind):
     driver, end = pairs
@@ -138,53 +149,41 @@ def test_one_pair_in_use_gets_everything_and_so_does_a_driver_after_a_reset(pair
     assert [len(frames) for frames in again.got(64)] == [64, 0, 0, 0]
 
 
-def test_a_pair_without_buffers_holds_frames_up_and_nothing_is_lost(wired):
-    rig, end = wired(f"net.pairs={PAIRS}", features=FEATURES, driver=False)
-    driver = Pairs(rig, room=0)
-    for pair in (1, 2):
-        driver.send(pair, ip_frame(pair, 80, reply=True))
-        assert end.receive()
+def test_a_pair_without_buffers_holds_frames_up_and_nothing_is_lost(two):
+    driver, end = two
     frames = [ip_frame(1 + n % 2, 80, n) for n in range(200)]
     end.send(*frames)
-    assert rig.device.wait_until(lambda: rig.stats()["rx_starved"] >= 1, WAIT_S)
+    assert driver.rig.device.wait_until(lambda: driver.rig.stats()["rx_starved"] >= 1, WAIT_S)
     driver.post(2, 128)
     driver.post(1, 128)
     by_pair = driver.got(200)
     assert by_pair == [[], frames[::2], frames[1::2], []]
 
 
-def test_a_pair_that_is_stopped_by_itself_holds_nothing_up(wired):
-    rig, end = wired(f"net.pairs={PAIRS}", features=FEATURES, driver=False)
-    driver = Pairs(rig, room=0)
-    for pair in (1, 2):
-        driver.send(pair, ip_frame(pair, 80, reply=True))
-        assert end.receive()
+def test_a_pair_that_is_stopped_by_itself_holds_nothing_up(two):
+    driver, end = two
     driver.post(2, 8)
     end.send(ip_frame(1, 80), ip_frame(2, 80))
     driver.got(1)
     end.send(ip_frame(2, 80))
-    rig.device.write("queue_select", 2)
-    rig.device.write("queue_pfn", 0)
+    driver.rig.device.write("queue_select", 2)
+    driver.rig.device.write("queue_pfn", 0)
     assert len(driver.got(1)[2]) == 1
-    rig.wait_stats(rx_not_ready=1)
+    driver.rig.wait_stats(rx_not_ready=1)
 
 
-def test_a_pair_whose_ring_is_broken_holds_nothing_up(wired):
-    rig, end = wired(f"net.pairs={PAIRS}", features=FEATURES, driver=False)
-    driver = Pairs(rig, room=0)
-    for pair in (1, 2):
-        driver.send(pair, ip_frame(pair, 80, reply=True))
-        assert end.receive()
+def test_a_pair_whose_ring_is_broken_holds_nothing_up(two):
+    driver, end = two
     driver.post(2, 8)
     end.send(ip_frame(1, 80), ip_frame(2, 80))
     driver.got(1)
     end.send(ip_frame(1, 80), ip_frame(2, 80))
-    ring = rig.device.queues[2].ring
+    ring = driver.rig.device.queues[2].ring
     ring.avail_idx = 0xFFFF
-    rig.device.kick(2)
+    driver.rig.device.kick(2)
     assert len(driver.got(1)[2]) == 1
-    rig.wait_stats(rx_not_ready=2)
-    assert [facts["queue"] for facts in rig.wait_events("ring_error")] == [2]
+    driver.rig.wait_stats(rx_not_ready=2)
+    assert [facts["queue"] for facts in driver.rig.wait_events("ring_error")] == [2]
 
 
 def test_a_pair_that_was_never_started_loses_its_frames_and_no_others(wired):

@@ -78,25 +78,24 @@ def test_nothing_is_written_or_signalled_after_the_answer_to_a_reset(either, how
     assert [either.client.drain(fd) for fd in either.device.vector_fds] == [0, 0, 0]
 
 
+def end_work_during_a_reset(rig, how):
+    rig.hold(0)
+    id = send_reset(rig, how)
+    rig.unanswered()
+    rig.model.release()
+    rig.answered(id)
+    rig.settle()
+
+
 def test_no_interrupt_comes_for_work_that_ended_during_a_reset(either, how):
     either.start(msix=3, queues=(0, 1))
-    either.hold(0)
-    id = send_reset(either, how)
-    either.unanswered()
-    either.model.release()
-    either.answered(id)
-    either.settle()
+    end_work_during_a_reset(either, how)
     assert [either.client.drain(fd) for fd in either.device.vector_fds] == [0, 0, 0]
 
 
 def test_isr_stays_0_for_work_that_ended_during_a_reset(either, how):
     either.start(queues=(0, 1))
-    either.hold(0)
-    id = send_reset(either, how)
-    either.unanswered()
-    either.model.release()
-    either.answered(id)
-    either.settle()
+    end_work_during_a_reset(either, how)
     assert either.device.read("isr_status") == 0
     assert either.client.drain(either.device.intx_fd) == 0
 

@@ -214,4 +214,4 @@ def test_sigterm_with_stuck_work_exits_1_in_time(fifo):
 
 
 def stopped(server: Served) -> dict:
-    return server.wait_event(lambda event: event["event"] == "stopped")
+    return server.wait_event("stopped")

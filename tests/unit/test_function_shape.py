@@ -7,27 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.check import layouts
+from tests.layout_disk import on
 from vpci import config
 from vpci.build import make_function
 from vpci.cli import main
 from vpci.effects import Effects
 from vpci.errors import ConfigError, LayoutError
 from vpci.regs import LAYOUT_FOLDER, load_layout
-from vpci.tools import layout, snapshot
-from vpci.tools.snapshot import Function
+from vpci.tools import snapshot
 
-BLK = '[device]\nmodel = "blk"\n[blk]\nbackend = "ram"\nsize = "1M"\n'
-
-
-@pytest.fixture(autouse=True)
-def blk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("blk.toml").write_text(BLK)
-
-
-def function(text: str, *sets: str) -> Function:
-    Path("own.toml").write_text(text)
-    return snapshot.of(layout.facts(config.load("blk.toml", ['header.layout="own.toml"', *sets])))
+pytestmark = pytest.mark.usefixtures("blk")
 
 
 def capability(*rows: str) -> str:
@@ -39,12 +28,12 @@ def capability(*rows: str) -> str:
 
 def test_the_list_has_the_order_of_the_file():
     for ids in ((0x11, 0x09), (0x09, 0x11)):
-        found = function(layouts.capabilities(*ids)).capability
+        found = on(layouts.capabilities(*ids)).capability
         assert [(row.id, row.at) for row in found] == [(id, {0x11: 0x40, 0x09: 0x60}[id]) for id in ids]
 
 
 def test_a_capability_without_a_place_follows_the_one_before_it():
-    found = function(capability("id = 0x11", 'id = 0x09\nbytes = "05 61 62"', 'id = 0x01\nbytes = "0000 0000 0000"'))
+    found = on(capability("id = 0x11", 'id = 0x09\nbytes = "05 61 62"', 'id = 0x01\nbytes = "0000 0000 0000"'))
     assert [(row.id, row.at, row.bytes) for row in found.capability] == [
         (0x11, 0x40, ""),
         (0x09, 0x4C, "05 61 62"),
@@ -53,13 +42,13 @@ def test_a_capability_without_a_place_follows_the_one_before_it():
 
 
 def test_without_vectors_there_is_no_msix_in_the_list():
-    found = function(layouts.capabilities(0x11, 0x09), "pci.msix_vectors=0")
+    found = on(layouts.capabilities(0x11, 0x09), "pci.msix_vectors=0")
     assert [row.id for row in found.capability] == [0x09]
 
 
 def test_table_and_pending_bits_are_where_the_file_says():
     keys = {"msix_bar": 4, "msix_bar_bytes": 0x8000, "msix_table_at": 0x2000, "msix_pba_at": 0x40}
-    found = function(layouts.of_function(**keys))
+    found = on(layouts.of_function(**keys))
     (row,) = found.capability
     assert (row.table_bar, row.table_offset, row.pba_bar, row.pba_offset) == (4, 0x2000, 4, 0x40)
     assert [(bar.index, bar.bytes) for bar in found.bar] == [(0, 128), (4, 0x8000)]
@@ -84,7 +73,7 @@ def test_ids_are_those_of_the_file():
         "subsystem_id": 4,
         "class_code": 0x00FF00,
     }
-    found = function(layouts.of_function(revision=3, **keys))
+    found = on(layouts.of_function(revision=3, **keys))
     assert {key: getattr(found, key) for key in keys} == keys and found.revision == 3
 
 
@@ -138,7 +127,7 @@ WRONG = {
 def test_what_cannot_be_names_who_is_concerned(case):
     text, words = WRONG[case]
     with pytest.raises(LayoutError) as error:
-        function(text)
+        on(text)
     for word in ["own.toml", *words]:
         assert word in str(error.value), str(error.value)
 
@@ -150,8 +139,8 @@ def test_the_gate_is_said_in_one_place():
     """The file alone; the first of two where nothing chooses; the key where it does."""
     both = (LAYOUT_FOLDER / "legacy.toml").read_text()
     turned = both.replace('gates = ["acked", "offered"]', 'gates = ["offered", "acked"]')
-    assert [function(text).gate for text in (both, layouts.hi_by_offer(), turned)] == ["acked", "offered", "offered"]
-    assert function(turned, "header.hi_gate=acked").gate == "acked"
+    assert [on(text).gate for text in (both, layouts.hi_by_offer(), turned)] == ["acked", "offered", "offered"]
+    assert on(turned, "header.hi_gate=acked").gate == "acked"
 
 
 def test_a_gate_that_the_file_does_not_have_is_an_error_that_names_both(capsys):
@@ -168,17 +157,17 @@ def test_a_gate_that_the_file_does_not_have_is_an_error_that_names_both(capsys):
 
 def test_a_block_may_hang_on_another_bit():
     """Offered alone, or acked by the driver; states are those that this device can come to."""
-    offered = function(layouts.conditional(26, "offered"), "features.offer=[26]")
+    offered = on(layouts.conditional(26, "offered"), "features.offer=[26]")
     assert {state.also for state in offered.state} == {("proposal",)}
-    acked = function(layouts.conditional(45, "acked"), "features.offer=[45]")
+    acked = on(layouts.conditional(45, "acked"), "features.offer=[45]")
     assert [(state.msix, state.hi, state.also) for state in acked.state] == [
         (msix, hi, also) for msix in (False, True) for hi, also in ((False, ()), (True, ()), (True, ("proposal",)))
     ]
-    assert function(layouts.conditional(45, "acked")).state[0].also == ()
+    assert on(layouts.conditional(45, "acked")).state[0].also == ()
 
 
 def test_a_snapshot_keeps_conditions_and_states():
-    made = function(
+    made = on(
         layouts.conditional(45, "acked") + layouts.after_config().split("config = true")[1].split("\n", 1)[1],
         "features.offer=[45]",
     )
@@ -222,4 +211,4 @@ def test_a_file_has_few_conditions_of_its_own():
 def test_an_error_of_the_configuration_stays_one():
     Path("own.toml").write_text(layouts.hi_by_offer())
     with pytest.raises(ConfigError, match="hi_place"):
-        function(layouts.hi_by_offer(), 'header.hi_place="nowhere"')
+        on(layouts.hi_by_offer(), 'header.hi_place="nowhere"')

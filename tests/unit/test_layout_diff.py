@@ -11,29 +11,18 @@ import msgspec
 import pytest
 
 from tests.check import layouts
-from vpci import config
+from tests.layout_disk import function, on
 from vpci.cli import main
 from vpci.errors import ConfigError
 from vpci.regs import LAYOUT_FOLDER
-from vpci.tools import layout, layout_diff, snapshot
+from vpci.tools import layout_diff, snapshot
 from vpci.tools.snapshot import Capability, Function
 
-BLK = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "64M"\n'
+pytestmark = pytest.mark.usefixtures("blk")
 OFF_ABSENT, OFF_THERE = "MSI-X off, 32:63 fields absent", "MSI-X off, 32:63 fields there"
 ON_ABSENT, ON_THERE = "MSI-X on, 32:63 fields absent", "MSI-X on, 32:63 fields there"
 ALL = (OFF_ABSENT, OFF_THERE, ON_ABSENT, ON_THERE)
 CONFIG = "device configuration"
-
-
-@pytest.fixture(autouse=True)
-def blk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(tmp_path)
-    Path("blk.toml").write_text(BLK)
-    return "blk.toml"
-
-
-def function(*sets: str) -> Function:
-    return snapshot.of(layout.facts(config.load("blk.toml", sets)), sets)
 
 
 def edited(*replacements: tuple[str, str]) -> Function:
@@ -42,8 +31,7 @@ def edited(*replacements: tuple[str, str]) -> Function:
     for old, new in replacements:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    Path("own.toml").write_text(text)
-    return function('header.layout="own.toml"')
+    return on(text)
 
 
 def found(old: Function, new: Function) -> list[tuple[object, ...]]:

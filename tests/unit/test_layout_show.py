@@ -11,22 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.check import layouts
+from tests.layout_disk import BLK
 from vpci import config
 from vpci.cli import main
 from vpci.guest import pciutils
 from vpci.tools import layout, layout_picture, lspci
 
 SVG = "{http://www.w3.org/2000/svg}"
-BLK = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "64M"\n'
-
-
-@pytest.fixture
-def blk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A disk's configuration in an otherwise empty current folder, on a machine without lspci."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lspci, "find_lspci", lambda: None)
-    Path("blk.toml").write_text(BLK)
-    return "blk.toml"
 
 
 def show(capsys: pytest.CaptureFixture[str], *words: str) -> str:

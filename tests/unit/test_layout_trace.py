@@ -7,23 +7,19 @@ from pathlib import Path
 import pytest
 
 from tests.check.nine import BAD, GOOD, NINE
-from vpci import config
+from tests.layout_disk import function, on
 from vpci.cli import main
 from vpci.regs import find_layout
-from vpci.tools import layout, profiles, snapshot, trace_profile
+from vpci.tools import profiles, trace_profile
 from vpci.tools.snapshot import Function
 
 TRACE = Path(__file__).parent / "golden/linux-6.1.trace"
 HAND_READ = profiles.load(profiles.PROFILE_FOLDER / "linux-6.1.toml")
-BLK = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "64M"\n'
 #: Where a trace cannot say what the source says: it shows what a driver does, not which revision it would refuse.
 ONLY_IN_THE_SOURCE = {"revision 1": (BAD, GOOD)}
 
 
-@pytest.fixture(autouse=True)
-def blk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("blk.toml").write_text(BLK)
+pytestmark = pytest.mark.usefixtures("blk")
 
 
 def recorded() -> profiles.Profile:
@@ -31,15 +27,14 @@ def recorded() -> profiles.Profile:
     return profiles.load(Path("mine.toml"))
 
 
-def function(text: str | None) -> Function:
-    Path("own.toml").write_text(text or "")
-    return snapshot.of(layout.facts(config.load("blk.toml", ['header.layout="own.toml"'] if text else [])))
+def disk(text: str | None) -> Function:
+    return on(text) if text else function()
 
 
 @pytest.mark.parametrize("name", NINE)
 def test_a_recorded_profile_gives_the_verdict_of_the_one_that_was_read(name: str) -> None:
     change = NINE[name]
-    old, new = function(change.old), function(change.new)
+    old, new = disk(change.old), disk(change.new)
     found = tuple(profiles.judge(profile, old, new).verdict.value for profile in (HAND_READ, recorded()))
     assert found == ONLY_IN_THE_SOURCE.get(name, (found[0], found[0]))
 

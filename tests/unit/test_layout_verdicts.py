@@ -13,31 +13,14 @@ import pytest
 
 from tests.check import layouts
 from tests.check.nine import BAD, DRIVERS, GOOD, NINE, RUN, all_but
-from vpci import config
+from tests.layout_disk import BLK, function, on
 from vpci.cli import main
 from vpci.errors import LayoutError
 from vpci.regs import LAYOUT_FOLDER
-from vpci.tools import layout, layout_diff, profiles, snapshot
+from vpci.tools import layout_diff, profiles, snapshot
 from vpci.tools.snapshot import Capability, ConfigField, Function
 
-BLK = '[device]\nmodel = "blk"\n[blk]\npath = "disk.img"\nsize = "64M"\n'
-
-
-@pytest.fixture(autouse=True)
-def blk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(tmp_path)
-    Path("blk.toml").write_text(BLK)
-    return "blk.toml"
-
-
-def function(*sets: str) -> Function:
-    return snapshot.of(layout.facts(config.load("blk.toml", sets)), sets)
-
-
-def on(text: str) -> Function:
-    """The disk on a layout file."""
-    Path("own.toml").write_text(text)
-    return function('header.layout="own.toml"')
+pytestmark = pytest.mark.usefixtures("blk")
 
 
 def verdicts(old: Function, new: Function) -> dict[str, str]:
