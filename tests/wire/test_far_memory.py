@@ -7,7 +7,6 @@ import itertools
 import random
 import signal
 import struct
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +31,6 @@ BIT28, BIT29, BIT31, BIT32 = 1 << 28, 1 << 29, 1 << 31, 1 << 32
 PLACES = {"all-far": (False, False), "ring-far": (False, True), "buffers-far": (True, False)}
 DMA = (lib.VFU_DMA_READ, lib.VFU_DMA_WRITE)
 QUIET_S = 0.05  # how long "nothing comes" is watched
-AT_ONCE_S = 1.5  # below the 2 s after which a drain gives up
 
 
 class Tap:
@@ -99,11 +97,9 @@ class Far:
         return int(wire.unpack("vfu_dma_access", asked.payload).addr)
 
     def answered(self, id: int) -> Message:
-        """The reply to request `id`, which must be the next message and come at once."""
-        began = time.monotonic()
+        """The reply to request `id`, which must be the next message."""
         found = self.client.recv()
         assert found.is_reply and found.id == id and not found.flags & lib.VFU_F_ERROR, found
-        assert time.monotonic() - began < AT_ONCE_S
         return found
 
     def answer_late(self, asked: Message) -> None:
@@ -135,12 +131,14 @@ class Far:
 
 @contextmanager
 def far_on(server: Served, *places: Any, **more: Any) -> Iterator[Far]:
+    """Nothing of what these tests do makes a drain wait until it gives up."""
     with server.client(timeout=5, **more) as client:
         made = Far(client, *places)
         try:
             yield made
         finally:
             made.memory.close()
+    assert not [event for event in server.events if event["event"] == "drain_cancel"]
 
 
 @pytest.fixture(scope="module")
@@ -751,9 +749,7 @@ def test_another_range_may_come_and_go_while_a_reply_is_withheld(far, moment):
     disk, head, _ = withheld(far, moment)
     for n in range(3):
         far.client.dma_map(0x4000_0000 + n * PAGE, PAGE)
-        began = time.monotonic()
         far.client.dma_unmap(0x4000_0000 + n * PAGE, PAGE)
-        assert time.monotonic() - began < AT_ONCE_S
     assert disk.wait(head).status == OK
 
 
@@ -762,11 +758,9 @@ def test_a_client_that_goes_leaves_a_working_disk(disk_server, moment):
     with far_on(disk_server) as far:
         withheld(far, moment)
     with far_on(disk_server) as far:
-        began = time.monotonic()
         disk = far.start()
         disk.write(9, pattern(9, 512))
         assert disk.read(9) == pattern(9, 512)
-        assert time.monotonic() - began < AT_ONCE_S
 
 
 @pytest.mark.parametrize("moment", [MOMENTS[0], MOMENTS[3], MOMENTS[5]], ids=lambda moment: moment.name)
@@ -774,12 +768,10 @@ def test_sigterm_ends_the_server_and_nothing_more_is_asked(serve, moment):
     server = serve()
     with far_on(server) as far:
         withheld(far, moment)
-        began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(ServerGone):
             far.client.recv()
         assert server.process.wait(10) == 0, server.log.read_text()
-        assert time.monotonic() - began < AT_ONCE_S
 
 
 def test_a_client_that_never_answers_costs_no_cpu(serve):
