@@ -11,6 +11,7 @@ import pytest
 from tests.reports import WAIT_S, Reports
 from vpci.driver import Buffer, Device, Memory
 from vpci.models.base import Chain, Identity, Model, NoSection, QueueSpec
+from vpci.models.engine import PythonChain
 from vpci.pci.function import Function
 from vpci.regs import find_layout
 from vpci.vfu import server as server_module
@@ -235,3 +236,20 @@ def test_the_end_of_a_queue_takes_its_own_chains_alone(make):
 def test_the_end_of_the_server_does_not_wait_for_them(make):
     """Rig.close() holds it: nothing is lost."""
     kept_for_ever(make(cancel_ms=50))
+
+
+def test_keeping_many_chains_costs_a_few_looks_at_each(make, monkeypatch):
+    """They come one by one; looking at all that are kept whenever one more is would be 125,000 looks."""
+    n, looks = 500, []
+    is_complete = PythonChain.is_complete.fget
+    monkeypatch.setattr(Keeper, "default_queue_size", 1024)
+    monkeypatch.setattr(PythonChain, "is_complete", property(lambda chain: looks.append(1) or is_complete(chain)))
+    rig = make(NEVER_MS)
+    for count in range(n):
+        rig.offer(KEPT)
+        rig.model.wait_kept(count + 1)
+    for chain in rig.model.kept:
+        chain.complete(b"now")
+    rig.model.kept.clear()
+    assert rig.device.wait_used(rig.device.queues[KEPT], n)
+    assert len(looks) < 10 * n

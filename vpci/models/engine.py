@@ -179,7 +179,8 @@ class PythonEngine:
         self.state = lib.vpci_handoff_new()
         self.failures = 0
         self._stale = -1  # chains of this life or an older one were there before the last reset
-        self._kept: list[PythonChain] = []  # by the model, after serve()
+        self._kept: list[PythonChain] = []  # by the model, after serve(); some of them may be complete by now
+        self._kept_most = BATCH  # at that many, the complete ones are dropped
         self._recalls = 0  # up to which they were looked at
         self._thread = threading.Thread(target=self._run, name=f"vpci-{model.name}", daemon=True)
 
@@ -236,8 +237,14 @@ class PythonEngine:
         kept = [chain for chain in batch if not chain.is_complete]
         for chain in filter(self._is_old, kept):
             chain.take_back()
-        if kept:
-            self._kept = [chain for chain in self._kept + kept if not chain.is_complete]
+        self._remember(kept)
+
+    def _remember(self, kept: list[PythonChain]) -> None:
+        """Looking at all of them each time would cost a model that keeps n chains n * n looks."""
+        self._kept += kept
+        if len(self._kept) >= self._kept_most:
+            self._kept = [chain for chain in self._kept if not chain.is_complete]
+            self._kept_most = max(BATCH, 2 * len(self._kept))
 
     def _take_back_recalled(self) -> None:
         """What somebody has waited for too long."""
