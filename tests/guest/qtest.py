@@ -6,10 +6,10 @@ import contextlib
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.waiting import within
 from vpci.guest import attach_args, ensure_qemu
 from vpci.guest.loader import environment
 
@@ -53,11 +53,7 @@ class Qtest:
 
     def wait_until(self, claim: Callable[[], bool]) -> bool:
         """Whether `claim` holds before the deadline; each look is a round trip to QEMU."""
-        deadline = time.monotonic() + WAIT_S
-        while not claim():
-            if time.monotonic() > deadline:
-                return False
-        return True
+        return within(WAIT_S, claim)
 
 
 class PortDevice:

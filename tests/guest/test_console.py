@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.doubles import serving
+from tests.waiting import within
 from vpci.ctl import ask
 from vpci.guest import Guest
 
@@ -112,9 +113,11 @@ def wait_for_console(path: str | Path) -> None:
     A virtio_console that is unbound while it waits for a control message to be used frees that message, which is a part
     of something else, and oopses: virtcons_remove breaks the queue, and then frees what is left in it.
     """
-    deadline = time.monotonic() + DEADLINE_S
-    while not (ask(str(path), "ports")["ports"][0]["guest_open"] and is_idle(ask(str(path), "state")["rings"][3])):
-        assert time.monotonic() < deadline
+
+    def is_ready() -> bool:
+        return ask(str(path), "ports")["ports"][0]["guest_open"] and is_idle(ask(str(path), "state")["rings"][3])
+
+    assert within(DEADLINE_S, is_ready)
 
 
 def is_idle(ring: dict[str, int]) -> bool:

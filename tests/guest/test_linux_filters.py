@@ -6,7 +6,6 @@ The test is the other end of the wire, so it sees each frame that goes out and c
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from tests.doubles import Served, serving
 from tests.guest.neighbour import ADDRESS, MAC, WAIT_S, Neighbour, datagram, is_echo, neighbour, packet_at, tag, tagged
+from tests.waiting import within
 from vpci.ctl import ask
 from vpci.guest import Guest
 
@@ -44,9 +44,7 @@ class Run:
         return self.guest.check(f"cat /sys/class/net/eth0/{name}").text.strip()
 
     def until(self, claim: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not claim():
-            assert time.monotonic() < deadline, (self.ask("filter"), self.ask("state")["engine"])
+        assert within(WAIT_S, claim), (self.ask("filter"), self.ask("state")["engine"])
 
     def passes(self, *frames: bytes) -> list[bool]:
         """Which of some frames come in; every other one is counted as filtered."""

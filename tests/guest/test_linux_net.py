@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from tests.doubles import Served, serving
 from tests.guest import net_tools
 from tests.guest.traffic import captured
+from tests.waiting import within
 from vpci.ctl import ask
 from vpci.guest import Guest
 
@@ -39,9 +39,7 @@ class End(NamedTuple):
         return ask(str(self.server.path), "state")["engine"]
 
     def until(self, claim: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not claim():
-            assert time.monotonic() < deadline, self.stats()
+        assert within(WAIT_S, claim), self.stats()
 
 
 @pytest.fixture(

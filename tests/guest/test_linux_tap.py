@@ -6,7 +6,6 @@ The host's end is the host's own kernel: it answers pings, and it judges every c
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import NamedTuple
 import pytest
 
 from tests.doubles import Served, serving
-from tests.guest.traffic import MIB, WAIT_S, there_and_back
+from tests.guest.traffic import MIB, captured_frames, there_and_back
 from tests.net.test_tap import ip, namespace
 from vpci.ctl import ask
 from vpci.guest import Guest
-from vpci.tools import pcap
 
 __all__ = ["namespace"]
 
@@ -81,23 +79,10 @@ def test_streams_go_both_ways_in_segments_that_the_other_end_cuts(run):
     jumbo_frames(run)
 
 
-def captured(run: Run) -> list[bytes]:
-    """What is in the file by now; it may be in the middle of a frame."""
-    data = (run.server.cwd / "net.pcap").read_bytes()
-    try:
-        return list(pcap.frames(data))
-    except pcap.PcapError:
-        return []
-
-
 def long_frames(run: Run) -> dict[bool, int]:
     """How many frames in the capture are longer than the MTU allows, by whether the guest sent them."""
-    wanted = run.stats()["captured"]
-    deadline = time.monotonic() + WAIT_S
-    while len(frames := captured(run)) < wanted:
-        assert time.monotonic() < deadline
     mac = bytes.fromhex(run.guest.check("cat /sys/class/net/eth0/address").text.strip().replace(":", ""))
-    found = [item[6:12] == mac for item in frames if len(item) > 1514]
+    found = [item[6:12] == mac for item in captured_frames(run.server) if len(item) > 1514]
     return {sent: found.count(sent) for sent in (True, False)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.doubles import Served, serving
+from tests.waiting import within
 from vpci.guest import Guest, ensure_kernel
 
 pytestmark = pytest.mark.usefixtures("served_by")
@@ -44,14 +45,6 @@ def has_finished(guest: Guest) -> bool:
     return guest.run("test -e /run/finished").status == 0
 
 
-def wait_until(claim: Callable[[], bool], timeout: float) -> bool:
-    deadline = time.monotonic() + timeout
-    while not claim():
-        if time.monotonic() > deadline:
-            return False
-    return True
-
-
 def in_flight(guest: Guest) -> int:
     """Requests that Linux gave to the device and that did not come back."""
     words = guest.run("cat /sys/block/vda/inflight 2>/dev/null").text.split()
@@ -69,7 +62,7 @@ def last_state(server: Served) -> dict[str, Any]:
 def test_linux_hangs_on_the_literal_dialect(kernel: str, image: Path, tmp_path: Path) -> None:
     """Linux has a request in flight, the device has none, and nobody tells the other: for seconds nothing moves."""
     with started("patchv2-literal", kernel, image, tmp_path) as (guest, server):
-        assert wait_until(lambda: in_flight(guest) > 0 or has_finished(guest), FINISH_S)
+        assert within(FINISH_S, lambda: in_flight(guest) > 0 or has_finished(guest))
 
         def picture() -> tuple[int, str]:
             return in_flight(guest), guest.run("grep virtio /proc/interrupts").text
@@ -91,7 +84,7 @@ def test_linux_hangs_on_the_literal_dialect(kernel: str, image: Path, tmp_path: 
 def test_the_superset_rule_cures_it(kernel: str, image: Path, tmp_path: Path) -> None:
     """The same guest and the same work, with the default dialect."""
     with started("patchv2", kernel, image, tmp_path) as (guest, server):
-        assert wait_until(lambda: has_finished(guest), FINISH_S)
+        assert within(FINISH_S, lambda: has_finished(guest))
         assert in_flight(guest) == 0
         ring = last_state(server)
     assert ring["used_idx"] > 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import pytest
 
 from tests.doubles import Served, serving
 from tests.guest.conftest import MIB, DiskGuest
+from tests.waiting import within
 from vpci.guest import Guest
 
 pytestmark = pytest.mark.usefixtures("served_by")
@@ -177,6 +177,4 @@ def plug(guest: Guest, server: Served, bus: str) -> None:
 
 
 def wait_in_guest(guest: Guest, claim: str, timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while guest.run(claim).status:
-        assert time.monotonic() < deadline, f"{claim}: not within {timeout} s"
+    assert within(timeout, lambda: guest.run(claim).status == 0), f"{claim}: not within {timeout} s"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import socket
 import threading
-import time
 from pathlib import Path
 
 from tests.doubles import Served
+from tests.waiting import within
 from vpci.ctl import ask
 from vpci.guest import Guest
 from vpci.tools import pcap
@@ -57,16 +57,25 @@ def there_and_back(guest: Guest, address: str, data: bytes, via: str = "") -> No
 
 def captured(server: Served) -> Path:
     """The capture of a server with one, net.pcap, once all that was counted so far is in the file."""
-    path, wanted = server.cwd / "net.pcap", ask(str(server.path), "state")["engine"]["captured"]
-    deadline = time.monotonic() + WAIT_S
-    while (frames := n_frames(path.read_bytes())) < wanted:
-        assert time.monotonic() < deadline, (frames, wanted)
-    return path
+    captured_frames(server)
+    return server.cwd / "net.pcap"
 
 
-def n_frames(data: bytes) -> int:
-    """Whole frames in a file that is being written; none while its last one is cut off."""
+def captured_frames(server: Served) -> list[bytes]:
+    """The frames in it then."""
+    wanted, seen = ask(str(server.path), "state")["engine"]["captured"], list[bytes]()
+
+    def has_all() -> bool:
+        seen[:] = whole_frames((server.cwd / "net.pcap").read_bytes())
+        return len(seen) >= wanted
+
+    assert within(WAIT_S, has_all), (len(seen), wanted)
+    return seen
+
+
+def whole_frames(data: bytes) -> list[bytes]:
+    """Those in a file that is being written; none while its last one is cut off."""
     try:
-        return sum(1 for _ in pcap.frames(data))
+        return list(pcap.frames(data))
     except pcap.PcapError:
-        return 0
+        return []

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 from tests.guest.qtest import PortDevice, qtest
 from tests.hostile.recorder import Relay
 from tests.vfu import example, library
+from tests.waiting import within
 from vpci.guest import Guest, ProvisionError, ensure_kernel, ensure_qemu
 from vpci.vfu.wire import command_name
 
@@ -104,9 +104,7 @@ def ids(guest: Guest) -> list[str]:
 
 def until(claim: Callable[[], bool], what: str) -> None:
     """Each look is a command to the guest or to QEMU."""
-    deadline = time.monotonic() + 20
-    while not claim():
-        assert time.monotonic() < deadline, what
+    assert within(20, claim), what
 
 
 def test_linux_sees_the_example_reads_its_byte_and_resets_it(tmp_path):
@@ -205,9 +203,7 @@ def test_a_vector_writes_its_message_into_guest_memory(tmp_path, machine):
 
 def trigger(context: Context, vector: int) -> None:
     """QEMU gives the eventfd of a vector after the guest's write was answered: until then ENOENT."""
-    deadline = time.monotonic() + 10
-    while not triggered(context, vector):
-        assert time.monotonic() < deadline, "QEMU gave no eventfd"
+    assert within(10, lambda: triggered(context, vector)), "QEMU gave no eventfd"
 
 
 def triggered(context: Context, vector: int) -> bool:
