@@ -125,9 +125,9 @@ def is_idle(ring: dict[str, int]) -> bool:
 
 
 def port_of(guest: Guest, name: str) -> str:
-    """The device of a port by its name."""
-    wait_in(guest, f"grep -qx {name} /sys/class/virtio-ports/*/name")
-    return "/dev/" + guest.check(f"basename $(dirname $(grep -lx {name} /sys/class/virtio-ports/*/name))").text.strip()
+    """The device of a port by its name; others may go while they are looked at."""
+    wait_in(guest, f"grep -sqx {name} /sys/class/virtio-ports/*/name")
+    return "/dev/" + guest.check(f"basename $(dirname $(grep -slx {name} /sys/class/virtio-ports/*/name))").text.strip()
 
 
 @pytest.mark.parametrize(("kernel", "interrupts", "mib"), BOTH)
