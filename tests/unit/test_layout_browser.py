@@ -1,26 +1,24 @@
 """The page of `vpci layout show --html` in a real browser, which lays it out and measures it; no picture is compared.
 
-The browser is $VPCI_BROWSER, or a Chromium in PATH (Debian: chromium-headless-shell). Without one the test is skipped.
+Where none can be had (tests/browser.py) the test is skipped.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import shutil
-import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.browser import Browser, find
 from tests.check import layouts
 from vpci.cli import main
+from vpci.guest import ProvisionError
 
-BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser")
 #: In CSS pixels: a desktop and a telephone.
 WIDTHS = (1400, 500)
 SCHEMES = {"light": 1, "dark": 0}
@@ -52,21 +50,20 @@ document.getElementById("found").textContent = JSON.stringify({over, outside, he
 
 
 @pytest.fixture(scope="module")
-def browser() -> str:
-    found = os.environ.get("VPCI_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not found:
-        pytest.skip(f"no browser: VPCI_BROWSER, or one of {', '.join(BROWSERS)} in PATH")
-    return found
+def browser() -> Browser:
+    try:
+        return find()
+    except ProvisionError as error:
+        pytest.skip(f"no browser: {error}")
 
 
-def measured(browser: str, page: Path, width: int, scheme: str) -> dict[str, Any]:
+def measured(browser: Browser, page: Path, width: int, scheme: str) -> dict[str, Any]:
     """What the browser makes of the page."""
     probe = page.with_suffix(".probe.html")
     probe.write_text(page.read_text() + MEASURE)
     words = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},1000", "--dump-dom"]
     words += [f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}", probe.as_uri()]
-    home = {**os.environ, "HOME": str(page.parent)}
-    done = subprocess.run([browser, *words], capture_output=True, text=True, timeout=120, env=home)
+    done = browser.run(*words, home=page.parent)
     hit = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert hit, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(unescape(hit[1]))
@@ -75,7 +72,7 @@ def measured(browser: str, page: Path, width: int, scheme: str) -> dict[str, Any
 
 @pytest.mark.parametrize("layout", ["built-in", "proposal"])
 def test_a_browser_shows_every_register_to_scale_and_legibly(
-    browser: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    browser: Browser, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No word leaves its box, the page is not wider than the window, letters are large and dark enough, bytes equal."""
     monkeypatch.chdir(tmp_path)

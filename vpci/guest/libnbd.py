@@ -10,12 +10,9 @@ from pathlib import Path
 from vpci.guest.apt import debian_codename, private_apt, unpack
 from vpci.guest.cache import Progress, item_path, published, quiet
 from vpci.guest.errors import ProvisionError
-from vpci.guest.loader import LOADER, UNPACKED_LIBRARIES, needed_libraries
+from vpci.guest.loader import MACHINES_LOADER, UNPACKED_LIBRARIES, needed_libraries, without_libc
 
 SONAME = "libnbd.so.0"
-_LOADER = Path("/lib64", LOADER)  # the machine's
-#: Parts of libc: the process has them, and must not get others.
-_LIBC = ("libc.so.", "libm.so.", "libdl.so.", "libpthread.so.", "librt.so.", "libresolv.so.")
 
 
 def find_libnbd() -> str | None:
@@ -66,8 +63,7 @@ def _libraries(root: Path) -> dict[str, Path]:
     """libnbd and what it needs, by name, under `root`; libc's own parts are left out."""
     folders = [root / UNPACKED_LIBRARIES, root / "lib/x86_64-linux-gnu"]
     library = folders[0] / SONAME
-    needed = needed_libraries(_LOADER, folders, library, root)
-    return {SONAME: library} | {name: path for name, path in needed.items() if not name.startswith(_LIBC)}
+    return {SONAME: library} | without_libc(needed_libraries(MACHINES_LOADER, folders, library, root))
 
 
 def _load_all(paths: list[Path]) -> None:

@@ -6,15 +6,18 @@ So the machine's libc is never met, and any machine will do.
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vpci.guest.errors import ProvisionError
 
 LOADER = "ld-linux-x86-64.so.2"
+MACHINES_LOADER = Path("/lib64", LOADER)
 #: Where unpacked packages have the loader and the libraries.
 UNPACKED_LOADER = f"usr/lib64/{LOADER}"
 UNPACKED_LIBRARIES = "usr/lib/x86_64-linux-gnu"
+#: Parts of libc.
+_LIBC = ("libc.so.", "libm.so.", "libdl.so.", "libpthread.so.", "librt.so.", "libresolv.so.")
 # opened by libc at run time, so the loader's list does not name it
 _OPENED_LATE = ("libgcc_s.so.1",)
 
@@ -52,3 +55,8 @@ def listed_libraries(loader_list: str, root: Path) -> dict[str, Path]:
         raise ProvisionError(f"the loader misses {', '.join(missing) or 'everything: it could not be run'}")
     late = {name: root / UNPACKED_LIBRARIES / name for name in _OPENED_LATE}
     return libraries | {name: where for name, where in late.items() if where.exists()}
+
+
+def without_libc(libraries: Mapping[str, Path]) -> dict[str, Path]:
+    """Those that a process with the machine's libc may load: it must not get parts of another one."""
+    return {name: path for name, path in libraries.items() if not name.startswith(_LIBC)}
