@@ -78,6 +78,7 @@ def test_linux_hangs_on_the_literal_dialect(kernel: str, image: Path, tmp_path: 
     assert ring["ring_errors"] == 0
     assert ring["chains"] == ring["used"]
     assert ring["last_avail"] == ring["used_idx"] == 1, "the second request is the one whose kick is lost"
+    assert ring["avail_idx"] == 2, "Linux has shown it"
 
 
 @pytest.mark.parametrize("kernel", ["6.1", "sid"])

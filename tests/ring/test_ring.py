@@ -1055,3 +1055,31 @@ def test_memory_of_a_chain_that_was_put_back_may_be_unmapped():
         offer_chain(made, (extra.gpa, 16, WRITE))
         lib.vpci_ring_unpop(made.queue, made.pop())
         made.table.unmap(extra)
+
+
+# -- what is told of it -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rules", "word"), [(0, "avail_flags"), (USED_EVENT, "used_event")])
+def test_the_drivers_words_are_told_as_they_are_now(rules, word):
+    """A kick that was lost is seen here and nowhere else: the device has not looked since."""
+    with ring(8, rules=rules) as made:
+        prepared(made, 3)
+        made.set_word(word, 7)
+        found = made.stats()
+        assert (found.avail_idx, found.last_avail, found.driver_event) == (3, 0, 7)
+        made.set_word("used_event" if word == "avail_flags" else "avail_flags", 9)
+        assert made.stats().driver_event == 7
+
+
+def test_the_drivers_words_are_told_as_last_read_where_the_ring_is_gone():
+    with ring(8) as made:
+        prepared(made, 3).complete(3)
+        item = made.table.mapped[0]
+        made.table.unmap(item)
+        made.remap()
+        made.set_word("avail_idx", 5)
+        assert (made.stats().suspended, made.stats().avail_idx) == (1, 3)
+        made.table.map(item)
+        made.remap()
+        assert (made.stats().suspended, made.stats().avail_idx) == (0, 5)

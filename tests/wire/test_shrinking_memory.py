@@ -198,6 +198,16 @@ def test_a_ring_whose_file_shrank_is_stopped_at_the_kick_and_the_other_goes_on(s
     shrinking.assert_lives()
 
 
+def test_the_state_of_a_ring_whose_file_shrank_is_told_and_touches_nobody(shrinking):
+    shrinking.cut_off.write(1, b"A" * 512)
+    shrinking.shrink()
+    ring = shrinking.server.state["rings"][1]
+    assert (ring["avail_idx"], ring["broken"]) == (1, 0)
+    shrinking.device.kick(1)
+    assert shrinking.ring_error()["rule"] == "ring_vanished"
+    shrinking.assert_lives()
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_part_of_the_ring_that_is_gone_is_enough(shrinking, keep):
     """Descriptors are there, the avail or the used part is not."""

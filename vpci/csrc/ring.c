@@ -123,6 +123,11 @@ static uint32_t avail_ring_off(const vpci_queue *q, uint16_t idx)
     return avail_flags_off(q) + 4 + 2 * (idx & (q->size - 1));
 }
 static uint32_t used_event_off(const vpci_queue *q) { return avail_flags_off(q) + 4 + 2 * q->size; }
+/* Where the driver says which interrupts it wants. */
+static uint32_t driver_event_off(const vpci_queue *q)
+{
+    return q->rules & VPCI_RING_USED_EVENT ? used_event_off(q) : avail_flags_off(q);
+}
 static uint32_t used_idx_off(const vpci_queue *q) { return q->used_off + 2; }
 static uint32_t used_elem_off(const vpci_queue *q, uint16_t idx)
 {
@@ -248,19 +253,6 @@ void vpci_ring_break(vpci_queue *q, uint16_t reason, uint16_t head, uint64_t add
     q->broken_head = head;
     q->broken_addr = addr;
     q->ring_errors++;
-}
-
-void vpci_queue_read_stats(const vpci_queue *q, vpci_queue_stats *s)
-{
-    *s = (vpci_queue_stats){
-        .kicks = q->kicks, .chains = q->chains, .used = q->used, .interrupts = q->interrupts,
-        .suppressed = q->suppressed, .request_errors = q->request_errors, .zero_len = q->zero_len,
-        .ring_errors = q->ring_errors, .ignored_kicks = q->ignored_kicks, .in_flight = q->in_flight,
-        .broken = q->broken, .broken_head = q->broken_head, .broken_addr = q->broken_addr,
-        .last_avail = q->last_avail, .used_idx = q->used_idx, .started = q->started,
-        .suspended = q->suspended, .avail_idx = q->avail_seen, .rules = q->rules, .published = q->published,
-        .driver_event = q->driver_event, .no_notify = q->no_notify, .remote = q->needs_far,
-    };
 }
 
 /* ---- chains ---- */
@@ -781,14 +773,45 @@ static bool ran_empty(vpci_queue *q)
 
 static bool interrupt_wanted(vpci_queue *q, uint16_t old)
 {
-    bool by_event = q->rules & VPCI_RING_USED_EVENT;
-    uint16_t asked = q->driver_event = load16(q, by_event ? used_event_off(q) : avail_flags_off(q));
-    return by_event ? vpci_need_event(asked, q->used_idx, old) : !(asked & AVAIL_NO_INTERRUPT);
+    uint16_t asked = q->driver_event = load16(q, driver_event_off(q));
+    return q->rules & VPCI_RING_USED_EVENT ? vpci_need_event(asked, q->used_idx, old) : !(asked & AVAIL_NO_INTERRUPT);
 }
 
 static bool is_at_work(const vpci_queue *q)
 {
     return q->started && !q->suspended && !q->broken;
+}
+
+struct drivers_words {
+    const vpci_queue *q;
+    uint16_t avail_idx, event;
+};
+
+/* Work that nobody was told of is seen only here. What is read decides nothing. */
+static void read_drivers_words(void *arg)
+{
+    struct drivers_words *words = arg;
+    const vpci_queue *q = words->q;
+    words->avail_idx = __atomic_load_n((uint16_t *)at(q, avail_idx_off(q)), __ATOMIC_RELAXED);
+    words->event = __atomic_load_n((uint16_t *)at(q, driver_event_off(q)), __ATOMIC_RELAXED);
+}
+
+void vpci_queue_read_stats(const vpci_queue *q, vpci_queue_stats *s)
+{
+    *s = (vpci_queue_stats){
+        .kicks = q->kicks, .chains = q->chains, .used = q->used, .interrupts = q->interrupts,
+        .suppressed = q->suppressed, .request_errors = q->request_errors, .zero_len = q->zero_len,
+        .ring_errors = q->ring_errors, .ignored_kicks = q->ignored_kicks, .in_flight = q->in_flight,
+        .broken = q->broken, .broken_head = q->broken_head, .broken_addr = q->broken_addr,
+        .last_avail = q->last_avail, .used_idx = q->used_idx, .started = q->started,
+        .suspended = q->suspended, .avail_idx = q->avail_seen, .rules = q->rules, .published = q->published,
+        .driver_event = q->driver_event, .no_notify = q->no_notify, .remote = q->needs_far,
+    };
+    struct drivers_words now = {.q = q};
+    if (is_at_work(q) && !q->far_ring && vpci_guard(q->mem, read_drivers_words, &now)) {
+        s->avail_idx = now.avail_idx;
+        s->driver_event = now.event;
+    }
 }
 
 struct query {

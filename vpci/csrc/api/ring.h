@@ -78,9 +78,9 @@ typedef struct vpci_queue_stats {
     uint16_t started;
     uint64_t broken_addr;
     uint16_t suspended;
-    uint16_t avail_idx;      /* as last read */
+    uint16_t avail_idx;      /* as it is; as last read while the ring is far or not at work */
     uint16_t published;      /* used.idx as the driver can see it */
-    uint16_t driver_event;   /* used_event or, without that rule, avail.flags, as last read */
+    uint16_t driver_event;   /* used_event or, without that rule, avail.flags, likewise */
     uint16_t no_notify;      /* used.flags asks for no kicks */
     uint16_t remote;         /* the ring or a chain is in memory that only the client reaches */
     uint32_t rules;
