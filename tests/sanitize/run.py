@@ -1,8 +1,9 @@
-"""Builds the core with AddressSanitizer and UBSan into a copy of the repository and runs the tests there.
+"""Builds the core with sanitizers into a copy of the repository and runs the tests there.
 
-`python tests/sanitize/run.py [PYTEST-ARGUMENT...]`: without arguments everything but what makes builds of its own, guests
-included. Servers that tests start inherit the sanitizers, QEMU does not; a report ends the process that made it, and fails
-its test.
+`python tests/sanitize/run.py [KIND] [PYTEST-ARGUMENT...]`: each kind, or one of them. Without arguments `memory` runs
+everything but what makes builds of its own, guests included, and `threads` runs what has the engines in one process with
+their drivers. Servers that tests start inherit the sanitizers, QEMU does not; a report ends the process that made it, and
+fails its test.
 """
 
 from __future__ import annotations
@@ -13,20 +14,48 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from tests import overlay
+from tests.stress import programs
 
-SANITIZE = "address,undefined"
 #: So that the run inside a copy does not begin another one.
 INSIDE = "VPCI_INSIDE_SANITIZE"
-#: Python and what it loads never free all; leaks of ours are tested by counting descriptors and pages.
-OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=0",
-    "UBSAN_OPTIONS": "halt_on_error=1:abort_on_error=1:print_stacktrace=1",
+
+
+class Kind(NamedTuple):
+    """`sanitize` is what the compiler is told, `libraries` what Python, which is not built so, has to load first."""
+
+    title: str
+    sanitize: str
+    libraries: tuple[str, ...]
+    options: dict[str, str]
+    folders: tuple[str, ...]
+
+
+KINDS = {
+    "memory": Kind(
+        "ASan and UBSan",
+        "address,undefined",
+        ("libasan.so", "libubsan.so"),
+        # Python and what it loads never free all; leaks of ours are tested by counting descriptors and pages
+        {
+            "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=0",
+            "UBSAN_OPTIONS": "halt_on_error=1:abort_on_error=1:print_stacktrace=1",
+        },
+        ("unit", "ring", "models", "wire", "order", "disk", "net", "hostile", "testing", "check", "guest"),
+    ),
+    "threads": Kind(
+        "TSan",
+        "thread",
+        ("libtsan.so",),
+        # a device that a stuck backend still works on is not freed, nor its ended threads joined
+        {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_thread_leaks=0"},
+        ("net", "models", "order"),
+    ),
 }
-FOLDERS = ("unit", "ring", "models", "wire", "order", "disk", "net", "hostile", "testing", "check", "guest")
 
 
 def library(name: str) -> str:
@@ -38,11 +67,10 @@ def library(name: str) -> str:
     return str(Path(path).resolve())
 
 
-def environment(log: Path) -> dict[str, str]:
+def environment(kind: Kind, log: Path) -> dict[str, str]:
     """Reports go to files `log`.PID too: a server's stderr is not always looked at."""
-    options = {name: f"{value}:log_path={log}" for name, value in OPTIONS.items()}
-    preload = " ".join(library(name) for name in ("libasan.so", "libubsan.so"))
-    return overlay.environment({**options, "LD_PRELOAD": preload, INSIDE: "1"})
+    options = {name: f"{value}:log_path={log}" for name, value in kind.options.items()}
+    return overlay.environment({**options, "LD_PRELOAD": " ".join(map(library, kind.libraries)), INSIDE: "1"})
 
 
 def reports(folder: Path) -> list[Path]:
@@ -50,33 +78,28 @@ def reports(folder: Path) -> list[Path]:
     return sorted(folder.glob("report.*"))
 
 
-def run(folder: Path, arguments: Sequence[str] = (), **how: object) -> int:
+def run(kind: Kind, folder: Path, arguments: Sequence[str] = ()) -> int:
     """The tests on a sanitized core, in a copy below `folder`. The exit status; 1 also when there are reports."""
     tree = overlay.copy(folder / "copy")
-    overlay.build(tree, SANITIZE)
-    wanted = arguments or [f"tests/{name}" for name in FOLDERS if (tree / "tests" / name).exists()]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:faulthandler",
-        "--maxfail=10",
-        *wanted,
-    ]
-    status = subprocess.run(command, cwd=tree, env=environment(folder / "report"), **how).returncode  # type: ignore[call-overload]
+    overlay.build(tree, kind.sanitize)
+    wanted = arguments or [f"tests/{name}" for name in kind.folders]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--maxfail=10"]
+    command = programs.command(sys.executable, "-m", "pytest", *options, *wanted)
+    status = subprocess.run(command, cwd=tree, env=environment(kind, folder / "report")).returncode
     return int(status or bool(reports(folder)))
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory(prefix="vpci-sanitize-") as name:
-        status = run(Path(name), sys.argv[1:])
-        for path in reports(Path(name)):
-            print(path.read_text())
-        return status
+    arguments = sys.argv[1:]
+    kinds = [KINDS[arguments.pop(0)]] if arguments and arguments[0] in KINDS else KINDS.values()
+    worst = 0
+    for kind in kinds:
+        print(f"under {kind.title}", flush=True)
+        with tempfile.TemporaryDirectory(prefix="vpci-sanitize-") as name:
+            worst = run(kind, Path(name), arguments) or worst
+            for path in reports(Path(name)):
+                print(path.read_text())
+    return worst
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tests once more, on a core with AddressSanitizer and UBSan: what run.py runs, and that it would tell."""
+"""The tests once more, on cores with sanitizers: what run.py runs, and that it would tell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 from tests import overlay
 from tests.sanitize import run as sanitize
-from tests.sanitize.conftest import CLOSING_LINE, SUITE
+from tests.sanitize.conftest import CLOSING_LINES, SUITE
+from tests.stress import programs
 
 RUN_S = 3000
 CLOSING = re.compile(r"\b(passed|failed|error)\b.* in [0-9.]+s")
@@ -24,24 +25,45 @@ def test_this_is_not_a_run_inside_a_run():
     assert sanitize.INSIDE not in os.environ
 
 
-def test_the_suite_passes_under_address_and_undefined_behaviour_sanitizers(pytestconfig):
+def test_the_suite_passes_under_sanitizers(pytestconfig):
     status, text = pytestconfig.stash[SUITE].wait(RUN_S)
-    closing = [line for line in text.splitlines() if CLOSING.search(line)]
-    pytestconfig.stash[CLOSING_LINE] = closing[-1].strip("= ") if closing else "it has no closing line"
+    titles = {f"under {kind.title}" for kind in sanitize.KINDS.values()}
+    lines = [line.strip("= ") for line in text.splitlines() if line in titles or CLOSING.search(line)]
+    pytestconfig.stash[CLOSING_LINES] = lines
     assert status == 0, text[-30000:]
+    assert len(lines) == 2 * len(titles), lines
 
 
-def test_a_planted_overflow_is_told_by_a_sanitized_core(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "file", "old", "new", "code", "told"),
+    [
+        (
+            "memory",
+            "ring.c",
+            "int vpci_need_event(uint16_t event, uint16_t new_idx, uint16_t old_idx)\n{\n",
+            "int vpci_need_event(uint16_t event, uint16_t new_idx, uint16_t old_idx)\n{\n" + OVERFLOW,
+            "from vpci._core import lib; lib.vpci_need_event(0, 1, 0)",
+            "heap-buffer-overflow",
+        ),
+        (
+            "threads",
+            "net.c",
+            "    lock(net);\n    net->filter = *filter;\n    unlock(net);\n",
+            "    net->filter = *filter;\n",
+            "import pytest; raise SystemExit(pytest.main(['-q', 'tests/net/test_far.py']))",
+            "data race",
+        ),
+    ],
+    ids=list(sanitize.KINDS),
+)
+def test_a_planted_fault_is_told_by_a_sanitized_core(kind, file, old, new, code, told, tmp_path):
     """The flags and the preloaded libraries do what they are for."""
     tree = overlay.copy(tmp_path / "copy")
-    path = tree / "vpci" / "csrc" / "ring.c"
-    opening = "int vpci_need_event(uint16_t event, uint16_t new_idx, uint16_t old_idx)\n{\n"
-    assert path.read_text().count(opening) == 1
-    path.write_text(path.read_text().replace(opening, opening + OVERFLOW))
-    overlay.build(tree, sanitize.SANITIZE)
-    code = "from vpci._core import lib; lib.vpci_need_event(0, 1, 0)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tree, env=sanitize.environment(tmp_path / "report"), capture_output=True
-    )
+    path = tree / "vpci" / "csrc" / file
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    overlay.build(tree, sanitize.KINDS[kind].sanitize)
+    env = sanitize.environment(sanitize.KINDS[kind], tmp_path / "report")
+    done = subprocess.run(programs.command(sys.executable, "-c", code), cwd=tree, env=env, capture_output=True)
     assert done.returncode != 0
-    assert any("heap-buffer-overflow" in report.read_text() for report in sanitize.reports(tmp_path))
+    assert any(told in report.read_text() for report in sanitize.reports(tmp_path))
