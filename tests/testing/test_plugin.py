@@ -110,6 +110,20 @@ def test_two_at_once_and_another_folder(vpci_device, vpci_driver, tmp_path):
     )
 
 
+def test_modules_of_the_folder_that_it_runs_in_are_not_taken_for_others(run):
+    passed(
+        run(
+            """
+def test_device(vpci_device, vpci_driver, tmp_path):
+    (tmp_path / "msgspec.py").write_text("raise ImportError('not the one that is wanted')")
+    device = vpci_device({"device": {"model": "blk"}, "blk": {"path": "x.img", "size": "1M"}}, cwd=tmp_path)
+    assert vpci_driver(device).identity().device_id == 0x1001
+"""
+        ),
+        1,
+    )
+
+
 def test_what_cannot_be_served_says_why(run):
     passed(
         run(

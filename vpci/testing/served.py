@@ -62,10 +62,10 @@ class Served:
         self.log = cwd / "serve.log"
         self.is_stopped = False  # stop() was called: its end is wanted
         arguments = [item for pair in sets for item in ("--set", pair)]
-        command = [sys.executable, "-m", "vpci", "serve", str(config), "--json", "--socket", str(self.path), *arguments]
+        command = [sys.executable, "-P", "-m", "vpci", "serve", str(config), "--json", "--socket", str(self.path)]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                command,
+                [*command, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
