@@ -96,7 +96,7 @@ class Load:
             if not self._ids % 80:
                 self._switch()
             if len(self.flying) >= DEPTH or (self.disk.held and self.chance.random() < 0.5):
-                self.disk.let_go(self.chance)
+                self._let_go_or_wait()
             else:
                 self._submit()
             self._collect()
