@@ -69,6 +69,11 @@ def test_a_fault_is_seen_by_cases_of_check_or_says_why_not() -> None:
     assert not [fault.id for fault in FAULTS if bool(fault.seen_by) == bool(fault.unseen)]
 
 
+def test_every_fault_applies() -> None:
+    """Told at once, and not when its turn comes."""
+    assert all(MARKER in fault.plant((overlay.ROOT / fault.path).read_text()) for fault in FAULTS)
+
+
 @pytest.mark.parametrize("found", ["", "twice; twice;"])
 def test_a_fault_that_no_longer_applies_is_an_error(found: str) -> None:
     fault = Fault("x", "x", "ring.c", "twice;", "", ["x"])
