@@ -38,7 +38,8 @@ def wired(make_net: MakeNet, tmp_path: Path) -> Iterator[Callable[..., tuple[Net
             rig = make_net("net.backend=stream", f'net.path="{path}"', *sets, **more)
             end = StreamEnd.connected(path)
             stack.callback(end.close)
-            assert rig.device.wait_until(lambda: rig.model.carrier)
+            # the model's own word comes before the bytes that the driver reads, and those before the interrupt
+            assert rig.device.wait_until(lambda: rig.model.carrier and rig.status() & 1)
             return rig, end
 
         yield make
