@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-CLOSING_LINES = pytest.StashKey[list[str]]()
+CLOSING_LINE = pytest.StashKey[str]()
 SUITE = pytest.StashKey["Suite"]()
 END_S = 20.0  # to end what it has begun, and to remove its copy
 NAME = "test_the_suite_passes_under_sanitizers"
@@ -65,6 +65,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    lines = iter(config.stash.get(CLOSING_LINES, []))
-    for title, closing in zip(lines, lines, strict=False):
-        terminalreporter.section(f"{title}: {closing}")
+    if CLOSING_LINE in config.stash:
+        terminalreporter.section(f"under ASan and UBSan: {config.stash[CLOSING_LINE]}")
