@@ -29,7 +29,6 @@ SUPPRESSIONS = Path(__file__).resolve().with_name("tsan.supp")
 class Kind(NamedTuple):
     """`sanitize` is what the compiler is told, `libraries` what Python, which is not built so, has to load first."""
 
-    title: str
     sanitize: str
     libraries: tuple[str, ...]
     options: dict[str, str]
@@ -38,7 +37,6 @@ class Kind(NamedTuple):
 
 KINDS = {
     "memory": Kind(
-        "ASan and UBSan",
         "address,undefined",
         ("libasan.so", "libubsan.so"),
         # Python and what it loads never free all; leaks of ours are tested by counting descriptors and pages
@@ -49,7 +47,6 @@ KINDS = {
         ("unit", "ring", "models", "wire", "order", "disk", "net", "hostile", "testing", "check", "guest"),
     ),
     "threads": Kind(
-        "TSan",
         "thread",
         ("libtsan.so",),
         # a device that a stuck backend still works on is not freed, nor its ended threads joined
